@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# `make run` and `make test` set up all they need: Debian packages by apt (as root; else they print the line and
+# stop), Python packages into .venv. Nothing outside this folder is changed but for those Debian packages.
+
+PYTHON ?= $(shell tools/python.sh)
+VENV := .venv
+BIN := $(VENV)/bin
+DESTDIR ?=
+PREFIX ?= /usr
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := pyproject.toml meson.build $(shell find kvmneg csrc man units -type f ! -name '*.pyc' ! -name '*.so' ! -name '_x86_64*' 2>/dev/null)
+
+.PHONY: run test lint bench build install clean setup-run setup-test
+.DELETE_ON_ERROR:
+
+run: setup-run build  ## the main job on this host, narrated
+	@$(BIN)/python -m kvmneg.cli.demo
+
+test: setup-test build $(VENV)/.test  ## all tests, linters included; PYTEST_ARGS= for a part
+	@$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: setup-test build $(VENV)/.test  ## the linters alone
+	@$(BIN)/pytest tests/lint $(PYTEST_ARGS)
+
+bench: setup-test build $(VENV)/.test  ## every figure with its target; KVMNEG_BENCH_STATE= for the state directory
+	@$(BIN)/python -m bench
+
+build: $(VENV)/.built
+
+install: setup-run $(VENV)/.run  ## the C library, header, pkg-config file and the Python package, below DESTDIR
+	@rm -rf build/install
+	@$(BIN)/meson setup --wipe --buildtype=release --prefix=$(PREFIX) -Dpython.install_env=prefix build/install >build/install.log 2>&1 \
+	    || $(BIN)/meson setup --buildtype=release --prefix=$(PREFIX) build/install
+	@$(BIN)/meson install -C build/install --destdir '$(abspath $(DESTDIR))'
+
+clean:
+	rm -rf build .venv
+
+setup-run setup-test:
+	@tools/setup.sh $(@:setup-%=%)
+
+$(BIN)/python:
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml tools/constraints.txt | $(BIN)/python
+	@echo "Python packages (once) …"
+	@$(PIP) install --constraint tools/constraints.txt $$($(BIN)/python tools/dependencies.py build run)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	@$(PIP) install --constraint tools/constraints.txt $$($(BIN)/python tools/dependencies.py test lint)
+	@touch $@
+
+# a plain install, not an editable one: that would rebuild at import and cost start-up time
+$(VENV)/.built: $(VENV)/.run $(SOURCES)
+	@echo "building …"
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall .
+	@touch $@

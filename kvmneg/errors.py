@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One family of errors, and the one table that says how each leaves the house.
+
+Every error carries a message for a person (what is wrong), a `hint` (what to do) and machine-readable
+`fields`. `exit_code` is the command line's (kvmneg(1), "EXIT STATUS"); `varlink` is the error's name on the
+wire, `fields` its parameters there.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from kvmneg.features.difference import Blocker
+
+
+class KvmnegError(Exception):
+    """Something kvmneg can name. Anything that is not one of these is a bug and exits with 70."""
+
+    exit_code = 70
+    varlink = "org.kvmneg.Internal"
+
+    def __init__(self, message: str, *, hint: str = "", **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.fields = fields
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+    def parameters(self) -> dict[str, Any]:
+        """The error's parameters on the wire and, as `error`, in `--json` output."""
+        return {"message": self.message, "hint": self.hint or None, **self.fields}
+
+
+class UsageError(KvmnegError):
+    """The request itself makes no sense: an unknown feature, two modes at once, a malformed UUID."""
+
+    exit_code = 2
+    varlink = "org.kvmneg.InvalidRequest"
+
+
+class LimitExceeded(KvmnegError):
+    """A quantity the client controls went over its named limit (kvmneg.limits)."""
+
+    exit_code = 2
+    varlink = "org.kvmneg.LimitExceeded"
+
+    def __init__(self, limit: str, allowed: int, hint: str = "") -> None:
+        super().__init__(f"limit {limit} exceeded: at most {allowed}", hint=hint, limit=limit, allowed=allowed)
+
+
+class Blocked(KvmnegError):
+    """The answer is no, and these are all the reasons."""
+
+    exit_code = 1
+    varlink = "org.kvmneg.Blocked"
+
+    def __init__(self, message: str, blockers: Sequence[Blocker], *, hint: str = "", **fields: Any) -> None:
+        super().__init__(message, hint=hint, **fields)
+        self.blockers = tuple(blockers)
+
+    def parameters(self) -> dict[str, Any]:
+        return {**super().parameters(), "blockers": [blocker.to_varlink() for blocker in self.blockers]}
+
+
+class Breached(Blocked):
+    """The host offers less than the pinned fence promises: no new contract until an admin lowers it."""
+
+    varlink = "org.kvmneg.Breached"
+
+
+class Incompatible(Blocked):
+    """These hosts have no common baseline at all (different vendors, say)."""
+
+    varlink = "org.kvmneg.Incompatible"
+
+
+class StaleOffer(KvmnegError):
+    """An offer was begun that the fence or the host has moved on from: negotiate again."""
+
+    exit_code = 1
+    varlink = "org.kvmneg.StaleOffer"
+
+
+class NoSuchContract(KvmnegError):
+    """No contract of that digest is known here."""
+
+    exit_code = 1
+    varlink = "org.kvmneg.NoSuchContract"
+
+
+class GenerationMismatch(KvmnegError):
+    """The fence is not at the generation the caller expected; nothing was changed."""
+
+    exit_code = 1
+    varlink = "org.kvmneg.Fence.GenerationMismatch"
+
+
+class NotPinned(KvmnegError):
+    """There is no fence to show or to unpin."""
+
+    exit_code = 1
+    varlink = "org.kvmneg.Fence.NotPinned"
+
+
+class NoKvm(KvmnegError):
+    """KVM is missing, may not be opened, or is not the API this project knows."""
+
+    exit_code = 3
+    varlink = "org.kvmneg.NoKvm"
+
+
+class Unreachable(KvmnegError):
+    """The daemon does not answer."""
+
+    exit_code = 4
+    varlink = "org.kvmneg.Unreachable"
+
+
+class BadInput(KvmnegError):
+    """A file is not what it should be. The message names the file and, where it has lines, the line."""
+
+    exit_code = 5
+    varlink = "org.kvmneg.BadInput"
+
+    def __init__(self, message: str, *, file: str = "", line: int = 0, hint: str = "") -> None:
+        place = f"{file}:{line}: " if line else f"{file}: " if file else ""
+        super().__init__(place + message, hint=hint, file=file or None, line=line or None)
+
+
+class NotPermitted(KvmnegError):
+    """The caller may not do this."""
+
+    exit_code = 6
+    varlink = "org.kvmneg.NotPermitted"
+
+
+class KvmFault(KvmnegError):
+    """A KVM ioctl failed where it must not."""
+
+    exit_code = 7
+    varlink = "org.kvmneg.KvmFault"
+
+    def __init__(self, ioctl: str, error: int, what: str = "", *, hint: str = "") -> None:
+        import os  # not needed by any other error: keep this module free to import
+
+        text = f"{ioctl} failed: {os.strerror(error)} (errno {error})"
+        super().__init__(f"{what}: {text}" if what else text, hint=hint, ioctl=ioctl, errno=error)
+
+
+class StoreError(KvmnegError):
+    """The state directory cannot be read or written, or is another daemon's."""
+
+    exit_code = 7
+    varlink = "org.kvmneg.StoreFault"
+
+
+def family() -> tuple[type[KvmnegError], ...]:
+    """Every error that has a place of its own, for the table in kvmneg(1) and for the tests."""
+    found: list[type[KvmnegError]] = []
+    queue: list[type[KvmnegError]] = [KvmnegError]
+    while queue:
+        error = queue.pop(0)
+        found.append(error)
+        queue.extend(error.__subclasses__())
+    return tuple(found)
+
+
+BY_VARLINK_NAME = {error.varlink: error for error in family()}
+
+
+def from_varlink(name: str, parameters: dict[str, Any]) -> KvmnegError:
+    """The error a client raises for what came over the wire: the daemon's class, message, hint and fields."""
+    error = KvmnegError.__new__(BY_VARLINK_NAME.get(name, KvmnegError))
+    fields = dict(parameters)
+    message, hint = fields.pop("message", None), fields.pop("hint", None)
+    KvmnegError.__init__(error, message or name, hint=hint or "", **fields)
+    if isinstance(error, Blocked):
+        from kvmneg.features.difference import Blocker
+
+        error.blockers = tuple(Blocker.from_json(row) for row in error.fields.pop("blockers", ()))
+    return error

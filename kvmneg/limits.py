@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Every quantity a client, a file or the kernel controls has its limit here, by name.
+
+Each has a test that crosses it. Sizes are bytes, times are seconds unless the name says otherwise.
+"""
+
+# varlink, one connection
+CALL_BYTES = 64 * 1024  # one call, without its NUL
+REPLY_QUEUE_BYTES = 64 * 1024  # high water of unsent replies: reading stops until they are taken
+READ_CHUNK_BYTES = 64 * 1024  # read from one connection in one turn of the loop, so that others get theirs
+REPLY_BYTES = 4 * 1024 * 1024  # what a client accepts from a daemon
+NESTING_DEPTH = 32  # of JSON in a call
+
+# varlink, all connections
+CONNECTIONS = 1024
+CONNECTIONS_PER_UID = 256
+FIRST_CALL_SECONDS = 10.0  # a connection that sends no complete call by then is closed
+WATCHERS = 256
+ACCEPT_PER_TURN = 64
+CACHED_REPLIES = 256  # distinct calls whose reply bytes are kept
+CACHED_OFFERS = 1024  # contracts offered and not begun that GetContract and Begin still know
+
+# requests
+REQUEST_FEATURES = 1024  # names in require, optional and exact together
+REASON_CHARACTERS = 1024
+GRANTS = 16384  # contracts begun and not ended, all users
+GRANTS_PER_UID = 4096
+GRANTS_FINISHED = 16384  # grants ended or expired that are kept for the record
+GRANT_UNSTARTED_SECONDS = 600.0  # a contract begun and not started by then has expired
+
+# files
+REPORT_BYTES = 8 * 1024 * 1024
+FENCE_BYTES = 1024 * 1024
+CONTRACT_BYTES = 1024 * 1024
+WORDS = 4096  # in one feature set
+REPORTS_PER_BASELINE = 100_000
+
+# the host
+CPUID_ENTRIES = 256  # KVM_MAX_CPUID_ENTRIES
+FEATURE_MSRS = 1024
+VOLATILE_SECONDS = 1.0  # inputs that change without an event are never older at Negotiate
+VMM_BUILDS = 64  # VMM binaries whose version is looked up
+HISTORY_ROWS = 1000  # audit records in one reply

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What every run of the tests ends by saying: which KVM it ran on, which ioctls, what was skipped and why.
+
+In CI a skip that tests/allowed-skips.txt does not list is a failure, as is a missing tool. Where /dev/kvm is
+usable, the ioctls of MINIMUM must have run: a suite that passes without touching KVM shows nothing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from _pytest.terminal import TerminalReporter
+
+    from kvmneg.host.kvm import Kvm
+
+TOP = Path(__file__).parent
+ALL_TESTS = "all tests of a test run were asked for"
+MINIMUM_X86 = (
+    "KVM_GET_API_VERSION", "KVM_CHECK_EXTENSION", "KVM_CREATE_VM", "KVM_CREATE_VCPU", "KVM_GET_SUPPORTED_CPUID",
+    "KVM_GET_EMULATED_CPUID", "KVM_GET_MSR_FEATURE_INDEX_LIST", "KVM_GET_MSRS", "KVM_GET_DEVICE_ATTR",
+)  # fmt: skip
+MINIMUM_ARM64 = ("KVM_GET_API_VERSION", "KVM_CHECK_EXTENSION", "KVM_CREATE_VM", "KVM_ARM_PREFERRED_TARGET")
+
+_handles: list[Kvm] = []
+_skips: list[tuple[str, str]] = []
+
+
+def kvm_problem() -> str:
+    """Why /dev/kvm cannot be used here, or "" where it can."""
+    from kvmneg.errors import NoKvm
+    from kvmneg.host.kvm import Kvm
+
+    try:
+        Kvm.open().close()
+    except NoKvm as error:
+        return error.message
+    return ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def count_ioctls() -> Iterator[None]:
+    """Keep every handle that a test makes, so that the summary can count its ioctls."""
+    from kvmneg.host.kvm import Kvm
+
+    original = Kvm.__init__
+
+    def remember(self: Kvm, fd: int, path: str = "/dev/kvm") -> None:
+        original(self, fd, path)
+        _handles.append(self)
+
+    Kvm.__init__ = remember  # type: ignore[method-assign]
+    yield
+    Kvm.__init__ = original  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def real_kvm() -> None:
+    """For tests that need a usable /dev/kvm."""
+    problem = kvm_problem()
+    if problem:
+        pytest.skip(f"no usable KVM: {problem}")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _skips.append((report.nodeid, report.longrepr[2].removeprefix("Skipped: ")))
+
+
+def _unlisted_skips() -> list[tuple[str, str]]:
+    lines = (TOP / "allowed-skips.txt").read_text("utf-8").splitlines()
+    allowed = [line for line in lines if line.strip() and not line.startswith("#")]
+    return [(node, why) for node, why in _skips if not any(fnmatch.fnmatch(why, pattern) for pattern in allowed)]
+
+
+def _ioctls() -> Counter[tuple[str, int]]:
+    total: Counter[tuple[str, int]] = Counter()
+    for handle in _handles:
+        total.update(handle.log)
+    return total
+
+
+def _kind() -> str:
+    import platform
+
+    modules = sorted(name for name in os.listdir("/sys/module") if name.startswith("kvm_")) if os.path.isdir("/sys/module") else []
+    return f"{'+'.join(modules) or 'kvm'} of Linux {platform.release()} on {platform.machine()}"
+
+
+def _not_run(session: pytest.Session) -> list[str]:
+    """The ioctls of the minimum set that no test made succeed, where the whole suite ran on a usable KVM."""
+    import platform
+
+    if session.config.getoption("keyword") or session.config.args != session.config.getini("testpaths") or kvm_problem():
+        return []
+    succeeded = {ioctl for (ioctl, error) in _ioctls() if error == 0}
+    minimum = MINIMUM_ARM64 if platform.machine() == "aarch64" else MINIMUM_X86
+    return [ioctl for ioctl in minimum if ioctl not in succeeded]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    in_ci = os.environ.get("CI") and _unlisted_skips()
+    if session.exitstatus == pytest.ExitCode.OK and (in_ci or _not_run(session)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    session.config.stash[_session_key] = session
+
+
+_session_key = pytest.StashKey[pytest.Session]()
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.section("KVM")
+    problem = kvm_problem()
+    terminalreporter.line(f"not used: {problem}" if problem else f"ran on {_kind()}")
+    for (ioctl, error), count in sorted(_ioctls().items()):
+        outcome = os.strerror(error) if error else "succeeded"
+        terminalreporter.line(f"  {ioctl:<34} {count:>7} × {outcome}")
+    session = config.stash.get(_session_key, None)
+    for ioctl in _not_run(session) if session else ():
+        terminalreporter.line(f"  {ioctl} never succeeded, though KVM is usable", red=True)
+    for node, why in _unlisted_skips():
+        terminalreporter.line(f"skip not on tests/allowed-skips.txt: {node}: {why}", red=bool(os.environ.get("CI")))
