@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What every store offers the daemon: plain data in and out, no policy.
+
+The store knows a fence as a text with a digest, a contract and a report as bytes with a digest. What they
+say, who may change them and when a grant is due is decided above it. Times written for people are ISO 8601
+in UTC; times that are compared are seconds since 1970 (float).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal, Protocol
+
+    FenceAction = Literal["pin", "unpin"]
+    GrantState = Literal["begun", "started", "ended", "expired"]
+
+
+class Audit(NamedTuple):
+    """Who changes the fence, and why: written in the same transaction as the change.
+
+    `uid` and `pid` are the peer's (SO_PEERCRED), `process` its name, `at` the time, `reason` its words.
+    """
+
+    uid: int
+    pid: int
+    at: str
+    reason: str
+    process: str
+
+
+class FenceRow(NamedTuple):
+    """A fence as it was pinned: its generation, the digest the caller gave it, its text, its audit record."""
+
+    generation: int
+    digest: str
+    text: str
+    pinned_at: str
+    uid: int
+    pid: int
+    reason: str
+
+
+class HistoryRow(NamedTuple):
+    """One change of the fence. `digest` is that of the fence pinned, or of the one taken down by an unpin."""
+
+    action: FenceAction
+    generation: int
+    at: str
+    uid: int
+    pid: int
+    reason: str
+    digest: str
+    process: str
+
+
+class Grant(NamedTuple):
+    """A contract that one VM was given: it counts like a guest while its state is begun or started.
+
+    `vm` is the VM's UUID in its canonical spelling, `digest` the contract's (64 lower-case hex digits),
+    `generation` the fence's when it was begun, `uid` and `pid` the asker's. A grant still begun after
+    `deadline` (seconds since 1970) expires; one that has started does not.
+    """
+
+    vm: str
+    digest: str
+    generation: int
+    uid: int
+    pid: int
+    begun_at: str
+    deadline: float
+    state: GrantState
+
+
+class ReportRow(NamedTuple):
+    """A report once measured: its digest, its combo's digest, when it was first seen, its bytes as given."""
+
+    digest: str
+    combo_digest: str
+    at: str
+    body: bytes
+
+
+if TYPE_CHECKING:
+
+    class Store(Protocol):
+        """A store that is open. Every call may raise StoreError, after which nothing has changed.
+
+        The one exception is a store that fails while it makes a change durable: then the change may be there
+        or not after the next open, whole in either case.
+        """
+
+        def generation(self) -> int:
+            """0 before the first pin, then one more with each pin and each unpin, never less."""
+
+        def fence(self) -> FenceRow | None:
+            """The pinned fence, or None. StoreError names the generation of one that was tampered with."""
+
+        def past_fence(self, generation: int) -> FenceRow | None:
+            """The fence as that generation pinned it, or None where it pinned none. Kept for ever."""
+
+        def pin(self, text: str, digest: str, *, expected_generation: int | None, audit: Audit) -> FenceRow:
+            """Make `text` the fence. Durable, with its audit record, when this returns.
+
+            Raises GenerationMismatch (fields expected, actual) unless the generation is the expected one;
+            None accepts any.
+            """
+
+        def unpin(self, *, expected_generation: int | None, audit: Audit) -> int:
+            """Take the fence down and return the new generation. Raises GenerationMismatch or NotPinned."""
+
+        def history(self, limit: int) -> list[HistoryRow]:
+            """The last `limit` changes of the fence, newest first."""
+
+        def begin(self, grant: Grant, contract_bytes: bytes) -> Grant:
+            """Grant a contract to a VM, and keep both; the state it begins with is 'begun'.
+
+            A VM that holds the same contract keeps the grant it has (its uid, deadline and state may differ
+            from those asked), which is what is returned. Raises UsageError (fields vm, held, asked) where the
+            VM holds another contract, LimitExceeded (GRANTS, GRANTS_PER_UID).
+            """
+
+        def started(self, vm: str) -> Grant:
+            """The VM runs: its grant no longer expires. UsageError (field vm) if it holds no contract."""
+
+        def end(self, vm: str) -> bool:
+            """The VM is gone. False if it held no contract (any more)."""
+
+        def expire(self, now: float) -> list[str]:
+            """End the grants that were begun and not started by their deadline; return their VMs, sorted."""
+
+        def grant(self, vm: str) -> Grant | None:
+            """The outstanding grant of a VM, or None."""
+
+        def holds(self, digest: str) -> bool:
+            """Whether an outstanding grant holds the contract of that digest."""
+
+        def outstanding(self) -> list[Grant]:
+            """The grants that count: begun or started, oldest first."""
+
+        def contract(self, digest: str) -> bytes | None:
+            """The contract of that digest: kept while a grant holds it, and for a while after."""
+
+        def contracts_outstanding(self) -> list[tuple[str, bytes]]:
+            """Digest and bytes of each contract an outstanding grant holds, sorted by digest."""
+
+        def record_report(self, digest: str, combo_digest: str, at: str, body: bytes) -> None:
+            """Keep a report for ever. A known digest is not kept twice, it becomes the latest again."""
+
+        def latest_report(self) -> ReportRow | None:
+            """The report recorded last (by order, not by its time)."""
+
+        def report(self, digest: str) -> ReportRow | None:
+            """The report of that digest."""
+
+        def close(self) -> None:
+            """Let go of everything. No other call may follow."""

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The embedded store: one SQLite database in the state directory of one daemon.
+
+Its calls are those of interface.Store, which documents them; here stands how they are kept true. Each change
+is one transaction and one sync of the disk. The connection belongs to the thread that opened the store.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+
+from kvmneg import limits
+from kvmneg.errors import GenerationMismatch, KvmnegError, NotPinned, StoreError
+from kvmneg.store import grants, statedir
+from kvmneg.store.faults import translated
+from kvmneg.store.interface import FenceRow, HistoryRow, ReportRow
+from kvmneg.store.schema import open_database
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from sqlite3 import Connection
+    from typing import Any
+
+    from kvmneg.store.interface import Audit, FenceAction, Grant, Store
+
+_FENCE = "generation, digest, text, at, uid, pid, reason"
+_HISTORY = "action, generation, at, uid, pid, reason, digest, process"
+_REPORT = "digest, combo_digest, at, body"
+
+
+class SqliteStore:
+    """The store of `directory`, which is made (0700) where it is missing and is this process's until close().
+
+    `verify` computes the digest of a fence's text; given, no fence whose text and digest disagree goes in or
+    comes out. StoreError where the directory is another's (field pid), or its database is damaged, newer or
+    not readable (schema.open_database).
+    """
+
+    __slots__ = ("_connection", "_directory", "_lock", "_verify")
+
+    def __init__(self, directory: str, *, verify: Callable[[str], str] | None = None) -> None:
+        self._directory = directory
+        self._verify = verify
+        statedir.prepare(directory)
+        self._lock = statedir.lock(directory)
+        try:
+            self._connection = open_database(directory)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> SqliteStore:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the database, then let another process have the directory. Twice is once."""
+        descriptor, self._lock = self._lock, -1
+        if descriptor < 0:
+            return
+        try:
+            with translated(self._directory, "close the store"):
+                self._connection.close()  # moves the log into the database
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _reading(self, doing: str) -> Iterator[Connection]:
+        with translated(self._directory, doing):
+            yield self._connection
+
+    @contextmanager
+    def _changing(self, doing: str) -> Iterator[Connection]:
+        """One write transaction: committed and synced at the end, undone by any exception."""
+        connection = self._connection
+        with translated(self._directory, doing):
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # a full disk makes SQLite undo it by itself
+                    connection.execute("ROLLBACK")
+                raise
+
+    # The fence
+
+    def generation(self) -> int:
+        with self._reading("read the fence's generation") as connection:
+            return _generation(connection)
+
+    def fence(self) -> FenceRow | None:
+        with self._reading("read the fence") as connection:
+            row = _newest(connection)
+        return self._checked(row)
+
+    def past_fence(self, generation: int) -> FenceRow | None:
+        with self._reading("read the fence's history") as connection:
+            query = f"SELECT {_FENCE} FROM fence_history WHERE generation = ?"
+            row = connection.execute(query, (generation,)).fetchone()
+        return self._checked(row)
+
+    def _checked(self, row: tuple[Any, ...] | None) -> FenceRow | None:
+        if row is None or row[2] is None:  # nothing pinned yet, or an unpin, which has no text
+            return None
+        fence = FenceRow._make(row)
+        if self._verify is not None:
+            self._check(self._verify, fence)
+        return fence
+
+    def _check(self, verify: Callable[[str], str], fence: FenceRow) -> None:
+        """Whoever edits the database by hand, or a disk that decays, does not move the fence unseen."""
+        hint = "compare it with your copy of that fence and pin the right one again"
+        message = f"the stored fence of generation {fence.generation} is not the one that was pinned"
+        try:
+            actual = verify(fence.text)
+        except (KvmnegError, ValueError) as error:
+            raise StoreError(f"{message}: {error}", hint=hint, generation=fence.generation) from error
+        if actual != fence.digest:
+            message = f"{message}: its digest is {actual}, not {fence.digest}"
+            raise StoreError(message, hint=hint, generation=fence.generation)
+
+    def pin(self, text: str, digest: str, *, expected_generation: int | None, audit: Audit) -> FenceRow:
+        if self._verify is not None and self._verify(text) != digest:
+            raise ValueError(
+                f"{digest} is not the digest of the fence to pin"
+            )  # a bug above, not a fault here
+        with self._changing("pin the fence") as connection:
+            generation = _expect(connection, expected_generation) + 1
+            _append(connection, generation, "pin", (digest, text), audit)
+        reason = _storable(audit.reason)
+        return FenceRow(generation, digest, text, audit.at, audit.uid, audit.pid, reason)
+
+    def unpin(self, *, expected_generation: int | None, audit: Audit) -> int:
+        with self._changing("unpin the fence") as connection:
+            generation = _expect(connection, expected_generation) + 1
+            row = _newest(connection)
+            if row is None or row[2] is None:
+                raise NotPinned("no fence is pinned")
+            _append(connection, generation, "unpin", (row[1], None), audit)
+        return generation
+
+    def history(self, limit: int) -> list[HistoryRow]:
+        with self._reading("read the fence's history") as connection:
+            query = f"SELECT {_HISTORY} FROM fence_history ORDER BY generation DESC LIMIT ?"
+            return [HistoryRow(*row) for row in connection.execute(query, (max(0, limit),))]
+
+    # Contracts and grants
+
+    def begin(self, grant: Grant, contract_bytes: bytes) -> Grant:
+        with self._changing("store the grant") as connection:
+            return grants.begin(connection, grant, contract_bytes)
+
+    def started(self, vm: str) -> Grant:
+        with self._changing("store that the VM started") as connection:
+            return grants.start(connection, vm)
+
+    def end(self, vm: str) -> bool:
+        with self._changing("store that the VM ended") as connection:
+            held = grants.held_by(connection, vm) is not None
+            if held:
+                grants.finish(connection, [vm], "ended")
+            return held
+
+    def expire(self, now: float) -> list[str]:
+        """End what is due at `now` (seconds since 1970); nothing is written when nothing is due.
+
+        A clock that is set back neither revives nor kills: expiry is a state that a grant enters once and for
+        good, and a later `now` is never remembered and held against a younger deadline. What it would do is
+        keep a grant for as long as the clock went back. No honest deadline is further off than
+        limits.GRANT_UNSTARTED_SECONDS, so one that is gets exactly that from `now` on: at most one term more.
+
+        A clock that is set forward looks like time that passed, and takes a grant early: its VMM is then
+        refused at started() and negotiates again. A caller who anchors `now` once and counts on
+        CLOCK_BOOTTIME from there has neither within its own life.
+        """
+        with self._reading("read the grants") as connection:
+            latest = now + limits.GRANT_UNSTARTED_SECONDS
+            furthest = grants.latest_deadline(connection)
+            early = furthest is not None and furthest > latest
+            if not early and not grants.due(connection, now):
+                return []
+        with self._changing("store that grants expired") as connection:
+            vms = grants.due(connection, now)
+            grants.finish(connection, vms, "expired")
+            grants.cap_deadlines(connection, latest)
+        return vms
+
+    def grant(self, vm: str) -> Grant | None:
+        with self._reading("read a grant") as connection:
+            return grants.held_by(connection, vm)
+
+    def holds(self, digest: str) -> bool:
+        with self._reading("read the grants") as connection:
+            return grants.holds(connection, digest)
+
+    def outstanding(self) -> list[Grant]:
+        with self._reading("read the grants") as connection:
+            return grants.outstanding(connection)
+
+    def contract(self, digest: str) -> bytes | None:
+        with self._reading("read a contract") as connection:
+            return grants.contract(connection, digest)
+
+    def contracts_outstanding(self) -> list[tuple[str, bytes]]:
+        with self._reading("read the contracts") as connection:
+            return grants.contracts_outstanding(connection)
+
+    # Reports
+
+    def record_report(self, digest: str, combo_digest: str, at: str, body: bytes) -> None:
+        """The latest report again writes nothing: `digest` must not cover the time of measuring."""
+        with self._changing("record the report") as connection:
+            query = "SELECT digest, seen FROM reports ORDER BY seen DESC LIMIT 1"
+            last_digest, seen = connection.execute(query).fetchone() or (None, 0)
+            if last_digest != digest:
+                connection.execute(
+                    "INSERT INTO reports (digest, combo_digest, at, body, seen) VALUES (?, ?, ?, ?, ?) "
+                    "ON CONFLICT (digest) DO UPDATE SET seen = excluded.seen",
+                    (digest, combo_digest, at, body, seen + 1),
+                )
+
+    def latest_report(self) -> ReportRow | None:
+        with self._reading("read the reports") as connection:
+            row = connection.execute(f"SELECT {_REPORT} FROM reports ORDER BY seen DESC LIMIT 1").fetchone()
+        return ReportRow(*row) if row else None
+
+    def report(self, digest: str) -> ReportRow | None:
+        with self._reading("read the reports") as connection:
+            row = connection.execute(f"SELECT {_REPORT} FROM reports WHERE digest = ?", (digest,)).fetchone()
+        return ReportRow(*row) if row else None
+
+
+def _newest(connection: Connection) -> tuple[Any, ...] | None:
+    """The newest row of the history, pin or unpin: columns of _FENCE."""
+    query = f"SELECT {_FENCE} FROM fence_history ORDER BY generation DESC LIMIT 1"
+    row: tuple[Any, ...] | None = connection.execute(query).fetchone()
+    return row
+
+
+def _generation(connection: Connection) -> int:
+    row = connection.execute("SELECT COALESCE(MAX(generation), 0) FROM fence_history").fetchone()
+    return int(row[0])
+
+
+def _expect(connection: Connection, expected: int | None) -> int:
+    """The generation, if it is the expected one: the compare of compare-and-swap, inside the transaction."""
+    actual = _generation(connection)
+    if expected is not None and expected != actual:
+        message = f"the fence is at generation {actual}, not {expected}"
+        hint = "somebody changed it meanwhile: look at it again"
+        raise GenerationMismatch(message, hint=hint, expected=expected, actual=actual)
+    return actual
+
+
+def _append(
+    connection: Connection, generation: int, action: FenceAction, fence: tuple[str, str | None], audit: Audit
+) -> None:
+    """Write the next row of the history; `fence` is its digest and text."""
+    who = (audit.uid, audit.pid, _storable(audit.process), _storable(audit.reason))
+    connection.execute(
+        "INSERT INTO fence_history (generation, action, digest, text, at, uid, pid, process, reason) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (generation, action, *fence, audit.at, *who),
+    )
+
+
+def _storable(words: str) -> str:
+    """A client's words as UTF-8 can hold them: JSON may carry half a surrogate pair, a name any byte."""
+    return words.encode("utf-8", "replace").decode("utf-8")
+
+
+if TYPE_CHECKING:
+
+    def _meets(store: SqliteStore) -> Store:
+        return store
