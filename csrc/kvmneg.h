@@ -1,0 +1,216 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * libkvmneg: what a KVM offers to guests, read through its ioctls.
+ *
+ * The contract of every function here:
+ *   - it returns 0 (or, where it says so, a count) on success and a negative errno on failure;
+ *   - what a `ret_` parameter points to is written on success only;
+ *   - it keeps no state, has no globals, never logs, and may be called from any thread;
+ *   - a descriptor it returns has O_CLOEXEC and belongs to the caller;
+ *   - what it allocates is released by kvmneg_free() or the function named beside it, which take NULL;
+ *   - `trace` may be NULL; otherwise each ioctl made is added to it, failed ones too.
+ *
+ * "api.rst" is the kernel's Documentation/virt/kvm/api.rst.
+ *
+ * This file is also the source of the Python binding: with KVMNEG_CDEF defined it is plain declarations.
+ */
+#ifndef KVMNEG_CDEF
+#pragma once
+#include <stdint.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+#endif
+
+enum {
+        KVMNEG_CAPABILITIES = 256,      /* capability numbers 0 to 255; Linux 7.2 ends at 249 */
+        KVMNEG_CPUID_ENTRIES_MAX = 4096, /* no CPUID table grows over this; KVM itself stops at 256 */
+        KVMNEG_MSRS_MAX = 4096,         /* no list of MSRs grows over this */
+        KVMNEG_REGISTERS_MAX = 65536,   /* no list of arm64 registers grows over this */
+        KVMNEG_TRACE_ROWS = 32,
+};
+
+/* -- which ioctls were made ---------------------------------------------------------------------------- */
+
+struct kvmneg_trace_row {
+        uint32_t request; /* the ioctl's number */
+        int32_t error;    /* 0, or the errno it failed with (positive) */
+        uint64_t calls;
+};
+
+/* Zero it before the first use. It adds up over calls. */
+struct kvmneg_trace {
+        uint32_t count;       /* rows in use */
+        uint32_t lost;        /* calls that found no free row */
+        uint32_t failed;      /* number of the last ioctl that failed, 0 for none; open(2) is no ioctl */
+        int32_t failed_error; /* and its errno (positive): a function that returns another failed elsewhere */
+        struct kvmneg_trace_row rows[KVMNEG_TRACE_ROWS];
+};
+
+/* The kernel's name of an ioctl that this library makes ("KVM_CHECK_EXTENSION"), else NULL. */
+const char *kvmneg_ioctl_name(uint32_t request);
+
+/* -- the system: api.rst section 4, "system ioctls" ---------------------------------------------------- */
+
+/* What KVM_CHECK_EXTENSION answered, by capability number (api.rst 4.4): 0 when KVM lacks it or never heard
+ * of it, else 1 or the capability's own number. Negative: the errno with which KVM refused the question for
+ * this one capability on this kind of descriptor (-EINVAL, -ENXIO, -EOPNOTSUPP). */
+struct kvmneg_capabilities {
+        int32_t system[KVMNEG_CAPABILITIES]; /* asked on the /dev/kvm descriptor */
+        int32_t vm[KVMNEG_CAPABILITIES];     /* asked on a VM's, which is the one that binds; 0 without a VM */
+};
+
+/*
+ * Opens `path` ("/dev/kvm") and makes sure that it is KVM with the API this library knows (api.rst 4.1).
+ *   -ENOENT, -EACCES, -ENODEV, ...  from open(2)
+ *   -ENOTTY                         it is something else than KVM
+ *   -EPROTONOSUPPORT                KVM_GET_API_VERSION is not 12
+ */
+int kvmneg_open(const char *path, int *ret_kvm_fd, struct kvmneg_trace *trace);
+
+/* KVM_GET_API_VERSION (api.rst 4.1): 12 on every kernel since 2.6.22. */
+int kvmneg_api_version(int kvm_fd, int *ret_version, struct kvmneg_trace *trace);
+
+/* Every KVM_CHECK_EXTENSION (api.rst 4.4), on both descriptors; `vm_fd` may be -1. */
+int kvmneg_get_capabilities(int kvm_fd, int vm_fd, struct kvmneg_capabilities *ret_capabilities,
+                            struct kvmneg_trace *trace);
+
+/* KVM_CREATE_VM (api.rst 4.2) with the architecture's default machine type. Tries again on EINTR, which a
+ * pending signal causes; -EINTR only after a thousand. */
+int kvmneg_create_vm(int kvm_fd, int *ret_vm_fd, struct kvmneg_trace *trace);
+
+/* Closes a descriptor, unless it is negative. errno is left alone. Returns -1, so that `fd = kvmneg_close(fd)`. */
+int kvmneg_close(int fd);
+
+/* free(3), returning NULL. */
+void *kvmneg_free(void *memory);
+
+/*
+ * A VM with one vCPU, never to be run; on arm64 the vCPU is initialised with the preferred target and the
+ * feature PSCI_0_2, without which the firmware registers do not exist. Close the vCPU first.
+ */
+int kvmneg_create_scratch(int kvm_fd, int *ret_vm_fd, int *ret_vcpu_fd, struct kvmneg_trace *trace);
+
+#if defined(__x86_64__)
+/* -- x86 ----------------------------------------------------------------------------------------------- */
+
+/* One CPUID leaf and subleaf; laid out as the kernel's struct kvm_cpuid_entry2. */
+struct kvmneg_cpuid_entry {
+        uint32_t function;
+        uint32_t index;
+        uint32_t flags; /* 1: KVM_CPUID_FLAG_SIGNIFCANT_INDEX, the leaf has subleaves */
+        uint32_t eax;
+        uint32_t ebx;
+        uint32_t ecx;
+        uint32_t edx;
+        uint32_t padding[3];
+};
+
+/* Laid out as struct kvm_cpuid2. */
+struct kvmneg_cpuid {
+        uint32_t count;
+        uint32_t padding;
+        struct kvmneg_cpuid_entry entries[];
+};
+
+/* One feature MSR; laid out as struct kvm_msr_entry. */
+struct kvmneg_msr {
+        uint32_t index;
+        uint32_t refused; /* 1: KVM lists it and does not let it be read; the value is 0 then */
+        uint64_t value;
+};
+
+struct kvmneg_msrs {
+        uint32_t count;
+        uint32_t refused; /* how many of them */
+        struct kvmneg_msr entries[];
+};
+
+/*
+ * The tables of CPUID. `hint` is how many entries to begin with, 0 for a size that fits today's hosts; on E2BIG
+ * it grows up to KVMNEG_CPUID_ENTRIES_MAX, then fails with -E2BIG. Release with kvmneg_free().
+ *   supported  KVM_GET_SUPPORTED_CPUID (api.rst 4.46), /dev/kvm
+ *   emulated   KVM_GET_EMULATED_CPUID (api.rst 4.88), /dev/kvm
+ *   hyperv     KVM_GET_SUPPORTED_HV_CPUID (api.rst 4.118), /dev/kvm; where that does not know it (up to
+ *              Linux 5.10) and `vcpu_fd` is not -1, the vCPU
+ */
+int kvmneg_get_supported_cpuid(int kvm_fd, uint32_t hint, struct kvmneg_cpuid **ret_cpuid, struct kvmneg_trace *trace);
+int kvmneg_get_emulated_cpuid(int kvm_fd, uint32_t hint, struct kvmneg_cpuid **ret_cpuid, struct kvmneg_trace *trace);
+int kvmneg_get_hyperv_cpuid(int kvm_fd, int vcpu_fd, uint32_t hint, struct kvmneg_cpuid **ret_cpuid,
+                            struct kvmneg_trace *trace);
+
+/* Feature MSRs and their values: KVM_GET_MSR_FEATURE_INDEX_LIST (api.rst 4.3), KVM_GET_MSRS on /dev/kvm (4.18).
+ * A listed MSR that KVM refuses to read is marked, not an error. Release with kvmneg_free(). */
+int kvmneg_get_feature_msrs(int kvm_fd, uint32_t hint, struct kvmneg_msrs **ret_msrs, struct kvmneg_trace *trace);
+
+/* XSAVE components a guest can be given: KVM_X86_XCOMP_GUEST_SUPP by KVM_GET_DEVICE_ATTR on /dev/kvm (api.rst 4.80),
+ * from Linux 5.17; -EINVAL, -ENOTTY or -ENXIO before. Bits as in XCR0. */
+int kvmneg_get_xcomp_guest_supp(int kvm_fd, uint64_t *ret_components, struct kvmneg_trace *trace);
+
+/*
+ * What the CPUID instruction says on the logical CPU number `cpu`: every leaf, subleaves where they exist. The
+ * calling thread is moved there and its affinity restored. -EINVAL: no such CPU, or not one this process may use.
+ * Release with kvmneg_free(). No KVM is involved.
+ */
+int kvmneg_get_raw_cpuid(int cpu, struct kvmneg_cpuid **ret_cpuid);
+
+/* All of the above but raw CPUID in one call. A part that this KVM does not have (its ioctl fails with -EINVAL,
+ * -ENOTTY, -ENXIO or -EOPNOTSUPP) is NULL and its error is kept; any other failure fails the whole. */
+struct kvmneg_probe {
+        struct kvmneg_capabilities capabilities;
+        struct kvmneg_cpuid *supported; /* never NULL */
+        struct kvmneg_cpuid *emulated;
+        struct kvmneg_cpuid *hyperv;
+        struct kvmneg_msrs *feature_msrs;
+        uint64_t xcomp_guest_supp;
+        int32_t emulated_error; /* 0 or a negative errno */
+        int32_t hyperv_error;
+        int32_t feature_msrs_error;
+        int32_t xcomp_error;
+};
+
+/* `vm_fd` and `vcpu_fd` may be -1. Release with kvmneg_probe_free(). */
+int kvmneg_probe(int kvm_fd, int vm_fd, int vcpu_fd, struct kvmneg_probe **ret_probe, struct kvmneg_trace *trace);
+struct kvmneg_probe *kvmneg_probe_free(struct kvmneg_probe *probe);
+
+#elif defined(__aarch64__)
+/* -- arm64 --------------------------------------------------------------------------------------------- */
+
+/* Laid out as struct kvm_vcpu_init. */
+struct kvmneg_vcpu_init {
+        uint32_t target;
+        uint32_t features[7]; /* bit n of word n / 32: KVM_ARM_VCPU_* number n */
+};
+
+/* Laid out as struct kvm_reg_list. */
+struct kvmneg_registers {
+        uint64_t count;
+        uint64_t ids[];
+};
+
+/* KVM_ARM_PREFERRED_TARGET on a VM (api.rst 4.83). */
+int kvmneg_get_preferred_target(int vm_fd, struct kvmneg_vcpu_init *ret_init, struct kvmneg_trace *trace);
+
+/* KVM_GET_REG_LIST on an initialised vCPU (api.rst 4.84); `hint` as everywhere. Release with kvmneg_free(). */
+int kvmneg_get_registers(int vcpu_fd, uint32_t hint, struct kvmneg_registers **ret_registers,
+                         struct kvmneg_trace *trace);
+
+/* KVM_GET_ONE_REG (api.rst 4.69) of a register of 32 or 64 bits; -EINVAL for other sizes. */
+int kvmneg_get_register(int vcpu_fd, uint64_t id, uint64_t *ret_value, struct kvmneg_trace *trace);
+
+struct kvmneg_probe {
+        struct kvmneg_capabilities capabilities;
+        struct kvmneg_vcpu_init init;       /* the preferred target; zero without a VM */
+        struct kvmneg_registers *registers; /* NULL without a vCPU */
+};
+
+/* The twin of x86's: `vm_fd` and `vcpu_fd` may be -1. Release with kvmneg_probe_free(). */
+int kvmneg_probe(int kvm_fd, int vm_fd, int vcpu_fd, struct kvmneg_probe **ret_probe, struct kvmneg_trace *trace);
+struct kvmneg_probe *kvmneg_probe_free(struct kvmneg_probe *probe);
+#endif
+
+#ifndef KVMNEG_CDEF
+#ifdef __cplusplus
+}
+#endif
+#endif

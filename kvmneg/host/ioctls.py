@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Numbers of ioctls, computed by ioctl-opt from the layout of their arguments.
+
+Python itself makes the TUN and vhost ones (kvmneg.host.network). KVM's are made in csrc/ only; their numbers
+here are an oracle for the tests. Everything is computed when asked for: ioctl-opt imports ctypes, which costs
+several milliseconds, and most commands need none of it.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import ctypes
+
+_KVMIO = 0xAE  # linux/kvm.h
+_VHOST_VIRTIO = 0xAF  # linux/vhost_types.h
+
+
+def network() -> dict[str, int]:
+    """ioctls of /dev/net/tun (linux/if_tun.h) and /dev/vhost-* (linux/vhost.h), name → number."""
+    from ctypes import c_int, c_uint, c_uint64
+
+    from ioctl_opt import IO, IOR, IOW
+
+    return {
+        "TUNSETIFF": IOW(ord("T"), 202, c_int),
+        "TUNGETFEATURES": IOR(ord("T"), 207, c_uint),
+        "TUNSETOFFLOAD": IOW(ord("T"), 208, c_uint),
+        "VHOST_GET_FEATURES": IOR(_VHOST_VIRTIO, 0x00, c_uint64),
+        "VHOST_SET_OWNER": IO(_VHOST_VIRTIO, 0x01),
+        "VHOST_GET_BACKEND_FEATURES": IOR(_VHOST_VIRTIO, 0x26, c_uint64),
+    }
+
+
+def kvm() -> dict[str, int]:
+    """Every KVM ioctl that csrc/ makes on any architecture, name → number."""
+    from ioctl_opt import IO, IOR, IOW, IOWR
+
+    layouts = _kvm_layouts()
+    return {
+        "KVM_GET_API_VERSION": IO(_KVMIO, 0x00),
+        "KVM_CREATE_VM": IO(_KVMIO, 0x01),
+        "KVM_CHECK_EXTENSION": IO(_KVMIO, 0x03),
+        "KVM_CREATE_VCPU": IO(_KVMIO, 0x41),
+        "KVM_GET_DEVICE_ATTR": IOW(_KVMIO, 0xE2, layouts["kvm_device_attr"]),
+        # x86
+        "KVM_GET_SUPPORTED_CPUID": IOWR(_KVMIO, 0x05, layouts["kvm_cpuid2"]),
+        "KVM_GET_EMULATED_CPUID": IOWR(_KVMIO, 0x09, layouts["kvm_cpuid2"]),
+        "KVM_GET_MSR_FEATURE_INDEX_LIST": IOWR(_KVMIO, 0x0A, layouts["kvm_msr_list"]),
+        "KVM_GET_MSRS": IOWR(_KVMIO, 0x88, layouts["kvm_msrs"]),
+        "KVM_GET_SUPPORTED_HV_CPUID": IOWR(_KVMIO, 0xC1, layouts["kvm_cpuid2"]),
+        # arm64
+        "KVM_GET_ONE_REG": IOW(_KVMIO, 0xAB, layouts["kvm_one_reg"]),
+        "KVM_ARM_VCPU_INIT": IOW(_KVMIO, 0xAE, layouts["kvm_vcpu_init"]),
+        "KVM_ARM_PREFERRED_TARGET": IOR(_KVMIO, 0xAF, layouts["kvm_vcpu_init"]),
+        "KVM_GET_REG_LIST": IOWR(_KVMIO, 0xB0, layouts["kvm_reg_list"]),
+    }
+
+
+def _kvm_layouts() -> dict[str, type[ctypes.Structure]]:
+    """The kernel's structures as ctypes; arrays at their end have no length, as in the kernel's headers."""
+    from ctypes import Structure
+    from ctypes import c_uint32 as u32
+    from ctypes import c_uint64 as u64
+
+    def structure(name: str, *fields: tuple[str, object]) -> type[ctypes.Structure]:
+        return type(name, (Structure,), {"_fields_": fields})
+
+    words = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
+    entry = structure("kvm_cpuid_entry2", *((word, u32) for word in words), ("padding", u32 * 3))
+    msr = structure("kvm_msr_entry", ("index", u32), ("reserved", u32), ("data", u64))
+    return {
+        "kvm_cpuid2": structure("kvm_cpuid2", ("nent", u32), ("padding", u32), ("entries", entry * 0)),
+        "kvm_msr_list": structure("kvm_msr_list", ("nmsrs", u32), ("indices", u32 * 0)),
+        "kvm_msrs": structure("kvm_msrs", ("nmsrs", u32), ("pad", u32), ("entries", msr * 0)),
+        "kvm_device_attr": structure(
+            "kvm_device_attr", ("flags", u32), ("group", u32), ("attr", u64), ("addr", u64)
+        ),
+        "kvm_one_reg": structure("kvm_one_reg", ("id", u64), ("addr", u64)),
+        "kvm_vcpu_init": structure("kvm_vcpu_init", ("target", u32), ("features", u32 * 7)),
+        "kvm_reg_list": structure("kvm_reg_list", ("n", u64), ("reg", u64 * 0)),
+    }

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One handle on /dev/kvm: the Python face of libkvmneg (csrc/kvmneg.h), which makes every ioctl.
+
+The only module that imports the extension. A call releases the interpreter's lock while it is in C. Masks and
+registers are ints, tables are lists of named tuples; nothing here interprets them.
+"""
+
+from __future__ import annotations
+
+import os
+from struct import Struct
+from typing import NamedTuple
+
+from kvmneg._libkvmneg import ffi, lib
+from kvmneg.errors import KvmFault
+from kvmneg.host.capabilities import name as capability_name
+from kvmneg.host.nokvm import busy, explain
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Any, Self
+
+_EBUSY = 16
+_ENTRY = Struct("=7I12x")  # struct kvmneg_cpuid_entry
+_MSR = Struct("=IIQ")  # struct kvmneg_msr
+_CAPABILITIES = Struct(f"={lib.KVMNEG_CAPABILITIES}i")
+_CAPABILITY_NAMES = tuple(map(capability_name, range(lib.KVMNEG_CAPABILITIES)))
+
+
+class CpuidEntry(NamedTuple):
+    """One CPUID leaf and subleaf with its four 32-bit registers (struct kvm_cpuid_entry2)."""
+
+    function: int
+    index: int  # type: ignore[assignment]  # the kernel's name for the subleaf; hides tuple.index()
+    flags: int  # 1: KVM_CPUID_FLAG_SIGNIFCANT_INDEX, the leaf has subleaves
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
+
+
+class Scratch(NamedTuple):
+    """A VM with one vCPU that never runs; descriptors, which Kvm.scratch() owns."""
+
+    vm: int
+    vcpu: int
+
+
+class Probe(NamedTuple):
+    """All that one x86 KVM offers, from one call.
+
+    A part that this KVM does not have is None (xcomp_guest_supp, hyperv, emulated) or empty (feature_msrs),
+    and `missing` has the errno with which it said so.
+    """
+
+    capabilities: dict[str, tuple[int, int]]
+    supported: list[CpuidEntry]
+    emulated: list[CpuidEntry] | None
+    hyperv: list[CpuidEntry] | None
+    feature_msrs: dict[int, int]
+    refused_msrs: tuple[int, ...]
+    xcomp_guest_supp: int | None
+    missing: dict[str, int]
+
+
+def _capabilities(answers: Any) -> dict[str, tuple[int, int]]:
+    """struct kvmneg_capabilities: name → (on /dev/kvm, on a VM), without those that answered 0 twice."""
+    system = _CAPABILITIES.unpack(ffi.buffer(answers.system))
+    vm = _CAPABILITIES.unpack(ffi.buffer(answers.vm))
+    return {name: (a, b) for name, a, b in zip(_CAPABILITY_NAMES, system, vm, strict=True) if a or b}
+
+
+def _entries(table: Any) -> list[CpuidEntry]:
+    """struct kvmneg_cpuid as a list."""
+    data = ffi.buffer(table.entries, table.count * _ENTRY.size)
+    return list(map(CpuidEntry._make, _ENTRY.iter_unpack(data)))
+
+
+def _msrs(table: Any) -> tuple[dict[int, int], tuple[int, ...]]:
+    """struct kvmneg_msrs: index → value of those read, and the indices of those refused."""
+    rows = list(_MSR.iter_unpack(ffi.buffer(table.entries, table.count * _MSR.size)))
+    values = {index: value for index, refused, value in rows if not refused}
+    return values, tuple(index for index, refused, _ in rows if refused)
+
+
+def raw_cpuid(cpu: int) -> list[CpuidEntry]:
+    """What the CPUID instruction says on logical CPU `cpu`, all leaves and subleaves; needs no KVM.
+
+    The calling thread visits that CPU and gets its affinity back. Raises KvmFault with EINVAL for a CPU that
+    does not exist or that this process may not use.
+    """
+    table = ffi.new("struct kvmneg_cpuid **")
+    if not -(1 << 31) <= cpu < 1 << 31:
+        raise KvmFault("sched_setaffinity", 22, f"CPU {cpu}")
+    r = lib.kvmneg_get_raw_cpuid(cpu, table)
+    if r < 0:
+        raise KvmFault("sched_setaffinity", -r, f"CPU {cpu}")
+    try:
+        return _entries(table[0])
+    finally:
+        lib.kvmneg_free(table[0])
+
+
+class Kvm:
+    """An open /dev/kvm. A context manager; one thread at a time.
+
+    Methods raise KvmFault, which names the ioctl and the errno, when KVM fails in a way it must not.
+    """
+
+    __slots__ = ("_trace", "fd", "path")
+
+    def __init__(self, fd: int, path: str = "/dev/kvm") -> None:
+        """Takes over `fd`, an open KVM descriptor."""
+        self.fd = fd
+        self.path = path
+        self._trace = ffi.new("struct kvmneg_trace *")
+
+    @classmethod
+    def open(cls, path: str = "/dev/kvm") -> Self:
+        """Opens KVM and checks its API version. Raises NoKvm with the exact cause and what to do about it."""
+        kvm = cls(-1, path)
+        fd = ffi.new("int *")
+        r = lib.kvmneg_open(os.fsencode(path), fd, kvm._trace)
+        if r < 0:
+            raise explain(path, -r)
+        kvm.fd = fd[0]
+        return kvm
+
+    def close(self) -> None:
+        """Closes the descriptor; a second time does nothing."""
+        self.fd = lib.kvmneg_close(self.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def log(self) -> dict[tuple[str, int], int]:
+        """How often each ioctl was made through this handle: (kernel's name, errno or 0) → calls."""
+        rows = self._trace.rows[0 : self._trace.count]
+        return {(_ioctl_name(row.request), row.error): row.calls for row in rows}
+
+    def _call(self, function: Callable[..., int], *arguments: Any) -> None:
+        """Calls into libkvmneg; raises what went wrong, by the name of the ioctl that failed."""
+        self._trace.failed = 0
+        r = function(*arguments, self._trace)
+        if r >= 0:
+            return
+        # Memory can run out, or an answer make no sense, between two ioctls: none of them failed like this.
+        failed = self._trace.failed and self._trace.failed_error == -r
+        ioctl = _ioctl_name(self._trace.failed) if failed else "libkvmneg"
+        if ioctl == "KVM_CREATE_VM" and -r == _EBUSY:
+            raise busy(self.path)
+        raise KvmFault(ioctl, -r, self.path)
+
+    def api_version(self) -> int:
+        """KVM_GET_API_VERSION (api.rst 4.1)."""
+        version = ffi.new("int *")
+        self._call(lib.kvmneg_api_version, self.fd, version)
+        return int(version[0])
+
+    def scratch(self) -> _ScratchContext:
+        """`with kvm.scratch() as scratch:` makes a VM and a vCPU that never run, and closes them."""
+        return _ScratchContext(self)
+
+    def capabilities(self, scratch: Scratch | None = None) -> dict[str, tuple[int, int]]:
+        """Every KVM_CHECK_EXTENSION (api.rst 4.4): name → (answer on /dev/kvm, answer on a VM).
+
+        A name that is not there answered 0 on both. A negative number is the errno with which KVM refused the
+        question on that kind of descriptor. Makes a VM of its own for the call when none is given.
+        """
+        if scratch is None:
+            with self.scratch() as own:
+                return self.capabilities(own)
+        answers = ffi.new("struct kvmneg_capabilities *")
+        self._call(lib.kvmneg_get_capabilities, self.fd, scratch.vm, answers)
+        return _capabilities(answers)
+
+    def probe(self, scratch: Scratch | None = None) -> Probe:
+        """The whole offer of an x86 KVM in one call; with a VM of its own when none is given."""
+        if scratch is None:
+            with self.scratch() as own:
+                return self.probe(own)
+        found = ffi.new("struct kvmneg_probe **")
+        self._call(lib.kvmneg_probe, self.fd, scratch.vm, scratch.vcpu, found)
+        try:
+            return _decode(found[0])
+        finally:
+            lib.kvmneg_probe_free(found[0])
+
+    def supported_cpuid(self, hint: int = 0) -> list[CpuidEntry]:
+        """KVM_GET_SUPPORTED_CPUID (api.rst 4.46); begins with room for `hint` entries and grows."""
+        return self._cpuid(lib.kvmneg_get_supported_cpuid, self.fd, hint)
+
+    def emulated_cpuid(self, hint: int = 0) -> list[CpuidEntry]:
+        """KVM_GET_EMULATED_CPUID (api.rst 4.88): what KVM emulates slowly; never part of an offer."""
+        return self._cpuid(lib.kvmneg_get_emulated_cpuid, self.fd, hint)
+
+    def hyperv_cpuid(self, hint: int = 0, scratch: Scratch | None = None) -> list[CpuidEntry]:
+        """KVM_GET_SUPPORTED_HV_CPUID (api.rst 4.118): what Hyper-V's leaves can be.
+
+        The scratch vCPU is asked where /dev/kvm does not know it. KvmFault with EINVAL: KVM has no Hyper-V.
+        """
+        return self._cpuid(lib.kvmneg_get_hyperv_cpuid, self.fd, scratch.vcpu if scratch else -1, hint)
+
+    def _cpuid(self, function: Callable[..., int], *arguments: int) -> list[CpuidEntry]:
+        table = ffi.new("struct kvmneg_cpuid **")
+        self._call(function, *arguments, table)
+        try:
+            return _entries(table[0])
+        finally:
+            lib.kvmneg_free(table[0])
+
+    def feature_msrs(self, hint: int = 0) -> tuple[dict[int, int], tuple[int, ...]]:
+        """Feature MSRs (api.rst 4.3, 4.18): index → 64-bit value, and the indices KVM lists but refuses."""
+        table = ffi.new("struct kvmneg_msrs **")
+        self._call(lib.kvmneg_get_feature_msrs, self.fd, hint, table)
+        try:
+            return _msrs(table[0])
+        finally:
+            lib.kvmneg_free(table[0])
+
+    def xcomp_guest_supp(self) -> int:
+        """KVM_X86_XCOMP_GUEST_SUPP (api.rst 4.80): XSAVE components a guest may have, bits as in XCR0."""
+        components = ffi.new("uint64_t *")
+        self._call(lib.kvmneg_get_xcomp_guest_supp, self.fd, components)
+        return int(components[0])
+
+
+class _ScratchContext:
+    """Owns the descriptors of a scratch VM and its vCPU."""
+
+    __slots__ = ("_kvm", "_scratch")
+
+    def __init__(self, kvm: Kvm) -> None:
+        self._kvm = kvm
+        self._scratch = Scratch(-1, -1)
+
+    def __enter__(self) -> Scratch:
+        vm, vcpu = ffi.new("int *"), ffi.new("int *")
+        self._kvm._call(lib.kvmneg_create_scratch, self._kvm.fd, vm, vcpu)
+        self._scratch = Scratch(vm[0], vcpu[0])
+        return self._scratch
+
+    def __exit__(self, *_: object) -> None:
+        lib.kvmneg_close(self._scratch.vcpu)
+        lib.kvmneg_close(self._scratch.vm)
+        self._scratch = Scratch(-1, -1)
+
+
+def _ioctl_name(request: int) -> str:
+    """The kernel's name of an ioctl that libkvmneg makes, else its number."""
+    name = lib.kvmneg_ioctl_name(request)
+    return ffi.string(name).decode("ascii") if name else f"{request:#x}"
+
+
+def _decode(probe: Any) -> Probe:
+    """struct kvmneg_probe of x86."""
+    msrs = _msrs(probe.feature_msrs) if probe.feature_msrs else ({}, ())
+    missing = {
+        "emulated": -probe.emulated_error,
+        "hyperv": -probe.hyperv_error,
+        "feature_msrs": -probe.feature_msrs_error,
+        "xcomp_guest_supp": -probe.xcomp_error,
+    }
+    return Probe(
+        capabilities=_capabilities(probe.capabilities),
+        supported=_entries(probe.supported),
+        emulated=_entries(probe.emulated) if probe.emulated else None,
+        hyperv=_entries(probe.hyperv) if probe.hyperv else None,
+        feature_msrs=msrs[0],
+        refused_msrs=msrs[1],
+        xcomp_guest_supp=None if probe.xcomp_error else int(probe.xcomp_guest_supp),
+        missing={part: error for part, error in missing.items() if error},
+    )

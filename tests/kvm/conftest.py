@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Handles on the real KVM, and C programs compiled for a test."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmneg.errors import NoKvm
+from kvmneg.host.kvm import Kvm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def kvm() -> Iterator[Kvm]:
+    """The real KVM; skips where there is none."""
+    try:
+        handle = Kvm.open()
+    except NoKvm as error:
+        pytest.skip(f"no usable KVM: {error.message}")
+    with handle:
+        yield handle
+
+
+@pytest.fixture(scope="session")
+def compile_c(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """compile_c(name, *arguments) → the program; warnings are errors, csrc/ is searched for headers."""
+    folder = tmp_path_factory.mktemp("c")
+
+    def compile_it(name: str, *arguments: str | Path) -> Path:
+        if not shutil.which("gcc"):
+            pytest.skip("gcc is not installed")
+        flags = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-I", ROOT / "csrc")
+        command = ["gcc", *flags, *arguments, "-o", folder / name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return folder / name
+
+    return compile_it

@@ -1,0 +1,419 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * libkvmneg against a KVM that fails where the real one never would: linked with --wrap=ioctl,--wrap=calloc,
+ * --wrap=free, so that each ioctl and each allocation is ours. Prints one line a run, test_faults.py judges:
+ *
+ *     SCENARIO KIND NTH RESULT TOUCHED DESCRIPTORS ALLOCATIONS IOCTLS FAILED
+ *
+ * RESULT is what the function returned, TOUCHED whether a ret_ parameter changed, DESCRIPTORS and ALLOCATIONS
+ * how many were left over, IOCTLS how many were made, FAILED the name in the trace ("-" for none).
+ */
+#define _GNU_SOURCE
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "kvm-constants.h"
+#include "kvmneg.h"
+
+#define CPUIDS 5
+#define MSRS 300 /* more than one KVM_GET_MSRS takes */
+#define REFUSED_MSR 7
+#define REGISTERS 1500 /* more than the library's first guess */
+
+/* -- the fault to make, and what was counted -------------------------------------------------------------- */
+
+enum kind { NONE, ERROR, ALLOCATION, ALWAYS, LIE };
+static const char *const kinds[] = { "none", "error", "allocation", "always", "lie" };
+
+static enum kind kind;
+static int nth, fault;            /* ERROR, ALLOCATION: the nth call; ALWAYS: of this request */
+static unsigned long always_request;
+static int ioctls, callocs, outstanding;
+
+void *__real_calloc(size_t count, size_t size);
+void __real_free(void *memory);
+
+void *__wrap_calloc(size_t count, size_t size);
+void *__wrap_calloc(size_t count, size_t size) {
+        void *memory;
+
+        callocs++;
+        if (kind == ALLOCATION && callocs == nth)
+                return NULL;
+        memory = __real_calloc(count, size);
+        outstanding += memory != NULL;
+        return memory;
+}
+
+void __wrap_free(void *memory);
+void __wrap_free(void *memory) {
+        outstanding -= memory != NULL;
+        __real_free(memory);
+}
+
+/* -- a KVM --------------------------------------------------------------------------------------------------- */
+
+static int fail(int error) {
+        errno = error;
+        return -1;
+}
+
+static int new_descriptor(void) {
+        return open("/dev/null", O_RDWR | O_CLOEXEC);
+}
+
+#if defined(__x86_64__)
+static bool hyperv_on_vcpu_only;
+
+static int fake_cpuid(struct kvm_cpuid2 *table) {
+        if (kind == LIE) {
+                table->nent += 1;
+                return 0;
+        }
+        if (table->nent < CPUIDS)
+                return fail(E2BIG);
+        for (unsigned i = 0; i < CPUIDS; i++)
+                table->entries[i] = (struct kvm_cpuid_entry2) { .function = i, .eax = i * 16 };
+        table->nent = CPUIDS;
+        return 0;
+}
+
+static int fake_msr_list(struct kvm_msr_list *list) {
+        unsigned room = list->nmsrs;
+
+        list->nmsrs = kind == LIE ? UINT32_MAX : MSRS;
+        if (room < list->nmsrs)
+                return fail(E2BIG);
+        for (unsigned i = 0; i < MSRS; i++)
+                list->indices[i] = 1000 + i;
+        return 0;
+}
+
+static int fake_msrs(struct kvm_msrs *msrs) {
+        unsigned i;
+
+        if (msrs->nmsrs >= 256) /* MAX_IO_MSRS */
+                return fail(E2BIG);
+        for (i = 0; i < msrs->nmsrs && msrs->entries[i].index != 1000 + REFUSED_MSR; i++)
+                msrs->entries[i].data = msrs->entries[i].index * UINT64_C(0x100000000);
+        return (int) i;
+}
+
+static int fake_architecture(int fd, unsigned long request, void *argument) {
+        switch (request) {
+        case KVM_GET_SUPPORTED_HV_CPUID:
+                if (hyperv_on_vcpu_only && fd != 99)
+                        return fail(EINVAL);
+                return fake_cpuid(argument);
+        case KVM_GET_SUPPORTED_CPUID:
+        case KVM_GET_EMULATED_CPUID:
+                return fake_cpuid(argument);
+        case KVM_GET_MSR_FEATURE_INDEX_LIST:
+                return fake_msr_list(argument);
+        case KVM_GET_MSRS:
+                return fake_msrs(argument);
+        case KVM_GET_DEVICE_ATTR:
+                *(uint64_t *) (uintptr_t) ((struct kvm_device_attr *) argument)->addr = 0xe7;
+                return 0;
+        }
+        return fail(ENOTTY);
+}
+#elif defined(__aarch64__)
+static int fake_registers(struct kvm_reg_list *list) {
+        uint64_t room = list->n;
+
+        list->n = kind == LIE ? UINT32_MAX : REGISTERS;
+        if (room < list->n)
+                return fail(E2BIG);
+        for (unsigned i = 0; i < REGISTERS; i++)
+                list->reg[i] = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | i;
+        return 0;
+}
+
+static int fake_architecture(int fd, unsigned long request, void *argument) {
+        (void) fd;
+        switch (request) {
+        case KVM_ARM_PREFERRED_TARGET:
+                *(struct kvm_vcpu_init *) argument = (struct kvm_vcpu_init) { .target = KVM_ARM_TARGET_GENERIC_V8 };
+                return 0;
+        case KVM_ARM_VCPU_INIT:
+                /* PSCI 0.2 and nothing else must be asked for */
+                return ((struct kvm_vcpu_init *) argument)->features[0] == 1 << KVM_ARM_VCPU_PSCI_0_2 ? 0 : fail(EINVAL);
+        case KVM_GET_REG_LIST:
+                return fake_registers(argument);
+        case KVM_GET_ONE_REG:
+                *(uint32_t *) (uintptr_t) ((struct kvm_one_reg *) argument)->addr = 0x1234;
+                return 0;
+        }
+        return fail(ENOTTY);
+}
+#endif
+
+int __wrap_ioctl(int fd, unsigned long request, ...);
+int __wrap_ioctl(int fd, unsigned long request, ...) {
+        unsigned long argument;
+        va_list arguments;
+
+        va_start(arguments, request);
+        argument = va_arg(arguments, unsigned long);
+        va_end(arguments);
+        ioctls++;
+        if (kind == ERROR && ioctls == nth)
+                return fail(fault);
+        if (kind == ALWAYS && request == always_request)
+                return fail(fault);
+        switch (request) {
+        case KVM_GET_API_VERSION:
+                return kind == LIE ? 13 : 12;
+        case KVM_CHECK_EXTENSION:
+                return (int) argument;
+        case KVM_CREATE_VM:
+        case KVM_CREATE_VCPU:
+                return new_descriptor();
+        }
+        return fake_architecture(fd, request, (void *) argument);
+}
+
+/* -- what is run: each returns the function's result and says whether a ret_ parameter changed ---------------- */
+
+#define UNTOUCHED ((void *) 0x5a5a)
+
+static int run_open(bool *ret_touched, struct kvmneg_trace *trace) {
+        int fd = -77, r = kvmneg_open("/dev/null", &fd, trace);
+        *ret_touched = fd != -77;
+        if (r == 0)
+                kvmneg_close(fd);
+        return r;
+}
+
+static int run_create_vm(bool *ret_touched, struct kvmneg_trace *trace) {
+        int fd = -77, r = kvmneg_create_vm(3, &fd, trace);
+        *ret_touched = fd != -77;
+        if (r == 0)
+                kvmneg_close(fd);
+        return r;
+}
+
+static int run_scratch(bool *ret_touched, struct kvmneg_trace *trace) {
+        int vm = -77, vcpu = -77, r = kvmneg_create_scratch(3, &vm, &vcpu, trace);
+        *ret_touched = vm != -77 || vcpu != -77;
+        if (r == 0) {
+                kvmneg_close(vcpu);
+                kvmneg_close(vm);
+        }
+        return r;
+}
+
+static int run_capabilities(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct kvmneg_capabilities got, before;
+        int r;
+
+        memset(&got, 0x5a, sizeof(got));
+        before = got;
+        r = kvmneg_get_capabilities(3, 4, &got, trace);
+        *ret_touched = memcmp(&got, &before, sizeof(got)) != 0;
+        if (r == 0 && kind == NONE)
+                for (int i = 0; i < KVMNEG_CAPABILITIES; i++)
+                        if (got.system[i] != i || got.vm[i] != i)
+                                return -EILSEQ;
+        return r;
+}
+
+static int run_probe(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct kvmneg_probe *probe = UNTOUCHED;
+        int r = kvmneg_probe(3, 4, 99, &probe, trace);
+
+        *ret_touched = probe != UNTOUCHED;
+        if (r == 0)
+                probe = kvmneg_probe_free(probe);
+        return r == 0 && probe ? -EILSEQ : r;
+}
+
+#if defined(__x86_64__)
+static bool five_leaves(const struct kvmneg_cpuid *table) {
+        for (unsigned i = 0; i < CPUIDS; i++)
+                if (table->entries[i].function != i || table->entries[i].eax != i * 16)
+                        return false;
+        return table->count == CPUIDS;
+}
+
+static int run_supported(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct kvmneg_cpuid *table = UNTOUCHED;
+        int r = kvmneg_get_supported_cpuid(3, 1, &table, trace);
+
+        *ret_touched = table != UNTOUCHED;
+        if (r < 0)
+                return r;
+        r = five_leaves(table) ? 0 : -EILSEQ;
+        kvmneg_free(table);
+        return r;
+}
+
+static int run_hyperv(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct kvmneg_cpuid *table = UNTOUCHED;
+        int r;
+
+        hyperv_on_vcpu_only = true;
+        r = kvmneg_get_hyperv_cpuid(3, 99, 0, &table, trace);
+        hyperv_on_vcpu_only = false;
+        *ret_touched = table != UNTOUCHED;
+        if (r < 0)
+                return r;
+        r = five_leaves(table) ? 0 : -EILSEQ;
+        kvmneg_free(table);
+        return r;
+}
+
+static int run_list(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct kvmneg_msrs *msrs = UNTOUCHED;
+        int r = kvmneg_get_feature_msrs(3, 1, &msrs, trace);
+
+        *ret_touched = msrs != UNTOUCHED;
+        if (r < 0)
+                return r;
+        r = msrs->count == MSRS && msrs->refused == 1 ? 0 : -EILSEQ;
+        for (unsigned i = 0; i < MSRS && r == 0; i++) {
+                bool refused = i == REFUSED_MSR;
+                if (msrs->entries[i].index != 1000 + i || msrs->entries[i].refused != refused ||
+                    msrs->entries[i].value != (refused ? 0 : (1000 + i) * UINT64_C(0x100000000)))
+                        r = -EILSEQ;
+        }
+        kvmneg_free(msrs);
+        return r;
+}
+
+static int run_one(bool *ret_touched, struct kvmneg_trace *trace) {
+        uint64_t components = 77;
+        int r = kvmneg_get_xcomp_guest_supp(3, &components, trace);
+
+        *ret_touched = components != 77;
+        return r == 0 && components != 0xe7 ? -EILSEQ : r;
+}
+#define LIST_REQUEST KVM_GET_MSR_FEATURE_INDEX_LIST
+#elif defined(__aarch64__)
+static int run_list(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct kvmneg_registers *registers = UNTOUCHED;
+        int r = kvmneg_get_registers(99, 0, &registers, trace);
+
+        *ret_touched = registers != UNTOUCHED;
+        if (r < 0)
+                return r;
+        r = registers->count == REGISTERS && (registers->ids[REGISTERS - 1] & 0xffff) == REGISTERS - 1 ? 0 : -EILSEQ;
+        kvmneg_free(registers);
+        return r;
+}
+
+static int run_one(bool *ret_touched, struct kvmneg_trace *trace) {
+        uint64_t value = 77;
+        int r = kvmneg_get_register(99, KVM_REG_ARM64 | KVM_REG_SIZE_U32 | 1, &value, trace);
+
+        *ret_touched = value != 77;
+        return r == 0 && value != 0x1234 ? -EILSEQ : r;
+}
+#define LIST_REQUEST KVM_GET_REG_LIST
+#endif
+
+static const struct {
+        const char *name;
+        int (*run)(bool *, struct kvmneg_trace *);
+} scenarios[] = {
+        { "open", run_open },           { "create_vm", run_create_vm }, { "scratch", run_scratch },
+        { "capabilities", run_capabilities }, { "probe", run_probe },   { "list", run_list },
+        { "one", run_one },
+#if defined(__x86_64__)
+        { "supported", run_supported }, { "hyperv", run_hyperv },
+#endif
+};
+#define SCENARIOS (sizeof(scenarios) / sizeof(scenarios[0]))
+
+/* -- the driver ------------------------------------------------------------------------------------------- */
+
+static int open_descriptors(void) {
+        int n = 0;
+
+        for (int fd = 0; fd < 256; fd++)
+                n += fcntl(fd, F_GETFD) >= 0;
+        return n;
+}
+
+/* One run with the fault that is set; prints its line and returns the number of ioctls. */
+static int run(size_t scenario) {
+        struct kvmneg_trace trace = {};
+        int before = open_descriptors(), r;
+        bool touched = false;
+        const char *failed;
+
+        ioctls = callocs = outstanding = 0;
+        r = scenarios[scenario].run(&touched, &trace);
+        failed = trace.failed ? kvmneg_ioctl_name(trace.failed) : NULL;
+        printf("%s %s %d %d %d %d %d %d %s\n", scenarios[scenario].name, kinds[kind], nth, r, touched,
+               open_descriptors() - before, outstanding, ioctls, failed ? failed : "-");
+        return ioctls;
+}
+
+static void sweep(int error) {
+        for (size_t i = 0; i < SCENARIOS; i++) {
+                int total, allocations;
+
+                kind = NONE;
+                nth = 0;
+                total = run(i);
+                allocations = callocs;
+                kind = ERROR;
+                fault = error;
+                for (nth = 1; nth <= total; nth++)
+                        run(i);
+                kind = ALLOCATION;
+                for (nth = 1; nth <= allocations; nth++)
+                        run(i);
+        }
+}
+
+/* A fault that stays, or a KVM that answers nonsense. */
+static void stubborn(void) {
+        nth = 0;
+        kind = ALWAYS;
+        fault = EINTR;
+        always_request = KVM_CREATE_VM;
+        run(1);
+        fault = E2BIG;
+        always_request = LIST_REQUEST;
+        run(5);
+#if defined(__x86_64__)
+        always_request = KVM_GET_SUPPORTED_CPUID;
+        run(7);
+#endif
+        kind = LIE;
+        for (size_t i = 0; i < SCENARIOS; i++)
+                run(i);
+}
+
+/* What real KVM is not needed for. */
+static void null_arguments(void) {
+        int fd = -1;
+
+        printf("%d %d %d %d\n", kvmneg_close(-1), kvmneg_free(NULL) == NULL, kvmneg_probe_free(NULL) == NULL,
+               kvmneg_ioctl_name(0) == NULL);
+        printf("%d %d\n", kvmneg_open("/nonexistent/kvm", &fd, NULL), kvmneg_open("/", &fd, NULL));
+        printf("%d\n", kvmneg_open(__FILE__, &fd, NULL));
+        printf("%d\n", fd);
+}
+
+int main(int argc, char **argv) {
+        if (argc == 3 && strcmp(argv[1], "sweep") == 0)
+                sweep(atoi(argv[2]));
+        else if (argc == 2 && strcmp(argv[1], "stubborn") == 0)
+                stubborn();
+        else if (argc == 2 && strcmp(argv[1], "null") == 0)
+                null_arguments();
+        else
+                return 2;
+        return 0;
+}

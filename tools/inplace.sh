@@ -1,0 +1,26 @@
+#!/bin/bash
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# Builds in build/ and copies the extension and the compiled catalogue beside the sources, so that
+# `PYTHONPATH=. python -m kvmneg…` runs the checkout itself. The copies are in .gitignore.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p build
+# One at a time: two builds in one directory spoil each other.
+exec 9>build/.inplace.lock
+flock 9
+# The venv's cffi and meson before the system's.
+[ -d .venv/bin ] && PATH="$PWD/.venv/bin:$PATH"
+
+# Set up again every time: files come and go, and setting up is what looks for them.
+if [ -f build/meson-private/coredata.dat ]; then
+    meson setup --reconfigure build >/dev/null
+else
+    meson setup build
+fi
+# The extension first: it is of use even while a table of the catalogue is being edited and does not compile.
+ninja -C build "kvmneg/$(basename build/kvmneg/_libkvmneg*.so.p .p)"
+cp -p build/kvmneg/_libkvmneg*.so kvmneg/
+ninja -C build
+for module in build/kvmneg/_x86_64.py build/kvmneg/_x86_64_names.py; do
+    [ ! -f "$module" ] || cp -p "$module" kvmneg/features/catalog/
+done
