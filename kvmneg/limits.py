@@ -10,14 +10,20 @@ REPLY_QUEUE_BYTES = 64 * 1024  # high water of unsent replies: reading stops unt
 READ_CHUNK_BYTES = 64 * 1024  # read from one connection in one turn of the loop, so that others get theirs
 REPLY_BYTES = 4 * 1024 * 1024  # what a client accepts from a daemon
 NESTING_DEPTH = 32  # of JSON in a call
+CALLS_PER_TURN = 64  # answered from what one connection pipelined, before the others get their turn
 
 # varlink, all connections
 CONNECTIONS = 1024
 CONNECTIONS_PER_UID = 256
 FIRST_CALL_SECONDS = 10.0  # a connection that sends no complete call by then is closed
 WATCHERS = 256
+WATCHER_STALL_SECONDS = 10.0  # a watcher that takes nothing of what is queued for it that long is dropped
 ACCEPT_PER_TURN = 64
+ACCEPT_PAUSE_SECONDS = 0.1  # without a descriptor left even for refusing
+TROUBLE_SECONDS = 60.0  # the same trouble (no descriptors left) is reported once in that time
+STOP_SECONDS = 2.0  # for handing out queued replies when the daemon stops
 CACHED_REPLIES = 256  # distinct calls whose reply bytes are kept
+CACHED_CALL_BYTES = 8 * 1024  # longer calls are answered and not kept
 CACHED_OFFERS = 1024  # contracts offered and not begun that GetContract and Begin still know
 
 # requests
@@ -40,4 +46,5 @@ CPUID_ENTRIES = 256  # KVM_MAX_CPUID_ENTRIES
 FEATURE_MSRS = 1024
 VOLATILE_SECONDS = 1.0  # inputs that change without an event are never older at Negotiate
 VMM_BUILDS = 64  # VMM binaries whose version is looked up
+QEMU_SECONDS = 10.0  # for an installed QEMU to say what it knows, or to start paused
 HISTORY_ROWS = 1000  # audit records in one reply

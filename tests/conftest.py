@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from kvmneg.host.kvm import Kvm
 
 TOP = Path(__file__).parent
-ALL_TESTS = "all tests of a test run were asked for"
 MINIMUM_X86 = (
     "KVM_GET_API_VERSION", "KVM_CHECK_EXTENSION", "KVM_CREATE_VM", "KVM_CREATE_VCPU", "KVM_GET_SUPPORTED_CPUID",
     "KVM_GET_EMULATED_CPUID", "KVM_GET_MSR_FEATURE_INDEX_LIST", "KVM_GET_MSRS", "KVM_GET_DEVICE_ATTR",
@@ -91,7 +90,8 @@ def _ioctls() -> Counter[tuple[str, int]]:
 def _kind() -> str:
     import platform
 
-    modules = sorted(name for name in os.listdir("/sys/module") if name.startswith("kvm_")) if os.path.isdir("/sys/module") else []
+    listed = os.listdir("/sys/module") if Path("/sys/module").is_dir() else []
+    modules = sorted(name for name in listed if name.startswith("kvm_"))
     return f"{'+'.join(modules) or 'kvm'} of Linux {platform.release()} on {platform.machine()}"
 
 
@@ -99,7 +99,8 @@ def _not_run(session: pytest.Session) -> list[str]:
     """The ioctls of the minimum set that no test made succeed, where the whole suite ran on a usable KVM."""
     import platform
 
-    if session.config.getoption("keyword") or session.config.args != session.config.getini("testpaths") or kvm_problem():
+    part = session.config.getoption("keyword") or session.config.args != session.config.getini("testpaths")
+    if part or kvm_problem():
         return []
     succeeded = {ioctl for (ioctl, error) in _ioctls() if error == 0}
     minimum = MINIMUM_ARM64 if platform.machine() == "aarch64" else MINIMUM_X86

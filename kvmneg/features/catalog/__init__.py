@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What every word and bit is called, its rule, its dependencies.
+
+The tables are the TOML files beside this one; the build compiles them (compile.py), so that loading costs an
+import. Merging needs only masks and rules; names are loaded when somebody asks for a name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from kvmneg.errors import UsageError
+from kvmneg.features import rules
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+
+# a value of these can contradict itself: nothing lies between its two ends
+_RANGES = frozenset((rules.VERSION_RANGE, rules.VMX_CONTROLS))
+
+
+_LONGEST_NAME = 64  # of what is looked up when a name is mistyped: comparing costs time by length
+
+
+class Field:
+    """A numeric field of a word: where it lies and the functions of its rule."""
+
+    __slots__ = ("bottom", "fits", "mask", "meet", "rule", "shift", "width")
+
+    def __init__(self, shift: int, width: int, rule: str) -> None:
+        functions = rules.RULES[rule]
+        self.shift = shift
+        self.width = width
+        self.mask = (1 << width) - 1
+        self.rule = rule
+        self.meet = functions.meet
+        self.fits = functions.fits
+        self.bottom = functions.bottom(width)
+
+
+class WordRules:
+    """How one word merges.
+
+    Its masks of single bits by rule, its numbers, its bottom, the bits that some row describes (`known`: what
+    lies outside nobody has classified), and those that come and go with what they are built on (`follow`).
+    """
+
+    __slots__ = (
+        "all_and", "and_mask", "bits_mask", "bottom", "fields", "follow", "hint_mask", "judged", "known",
+        "or_mask", "ranges", "word",
+    )  # fmt: skip
+
+    def __init__(self, row: tuple[str, int, int, int, tuple[tuple[int, int, str], ...], int, int]) -> None:
+        self.word, self.and_mask, self.or_mask, self.hint_mask, fields, self.known, self.follow = row
+        self.fields = tuple(Field(*field) for field in fields)
+        # the fields whose value may contradict itself
+        self.ranges = tuple(field for field in self.fields if field.rule in rules.RANGES)
+        self.all_and = not self.or_mask and not fields
+        self.bits_mask = self.and_mask | self.or_mask | self.hint_mask
+        self.judged = self.bits_mask
+        self.bottom = self.or_mask
+        for field in self.fields:
+            self.judged |= field.mask << field.shift
+            self.bottom |= field.bottom << field.shift
+
+
+class Requirement:
+    """`word` & `mask` needs the field of `base` at `shift` to be `least` or more (0: an or-field clear)."""
+
+    __slots__ = ("base", "base_mask", "bottom", "least", "mask", "shift", "word")
+
+    def __init__(self, row: tuple[str, int, str, int, int, int], bottom: int) -> None:
+        self.word, self.mask, self.base, self.shift, self.base_mask, self.least = row
+        self.bottom = bottom & self.mask
+
+    def met(self, base_value: int) -> bool:
+        field = base_value >> self.shift & self.base_mask
+        return field >= self.least if self.least else not field
+
+
+class Catalog:
+    """The rules of one architecture: words by address, whole leaves, dependencies, constants."""
+
+    __slots__ = ("architecture", "equal_words", "leaves", "policy", "requirements", "words")
+
+    def __init__(self, architecture: str) -> None:
+        if architecture not in available():
+            raise UsageError(
+                f"no catalogue for architecture {architecture!r}",
+                hint=f"there is one for: {', '.join(available())}",
+            )
+        tables = import_module(f"{__name__}._{architecture}")
+        self.architecture = architecture
+        self.words = {row[0]: WordRules(row) for row in tables.WORDS}
+        # a must-be-equal field is a word of its own (compile.py sees to it)
+        self.equal_words = tuple(
+            word
+            for word, rule in self.words.items()
+            if any(field.rule == rules.EQUAL for field in rule.fields)
+        )
+        self.leaves: dict[str, str] = tables.LEAVES
+        # by the word that needs; as far as there is no circle, words come after the words they are built on
+        needs: dict[str, list[Requirement]] = {}
+        for row in tables.REQUIRES:
+            needs.setdefault(row[0], []).append(Requirement(row, self.words[row[0]].bottom))
+        self.requirements = {word: tuple(rows) for word, rows in needs.items()}
+        # (word, mask, value) of the constants that every guest gets
+        self.policy: tuple[tuple[str, int, int], ...] = tables.POLICY
+
+    def leaf_rule(self, word: str) -> str | None:
+        """The rule of the whole leaf (or subleaf, or word) that `word` belongs to, where it has one."""
+        leaf, _, rest = word.partition(".")
+        subleaf = f"{leaf}.{rest.partition('.')[0]}"
+        return self.leaves.get(leaf) or self.leaves.get(subleaf) or self.leaves.get(word)
+
+    def unknown_bits(self, word: str, value: int) -> int:
+        """The bits of a measured value that no row classifies: never offered to a guest."""
+        known = self.words.get(word)
+        if known is not None:
+            return value & ~known.known
+        return 0 if self.leaf_rule(word) else value
+
+
+class Feature:
+    """What people call one field. `requires` as in the table; aliases are "" where the tool has none."""
+
+    __slots__ = (
+        "libvirt", "linux", "name", "qemu", "requires", "rule", "shift", "title", "vendor", "why", "width",
+        "withheld", "word",
+    )  # fmt: skip
+
+    def __init__(self, row: tuple[Any, ...]) -> None:
+        self.name: str
+        self.word: str
+        self.shift: int
+        self.width: int
+        self.rule: str
+        self.requires: tuple[str, ...]
+        self.title: str
+        self.why: str
+        self.withheld: str
+        self.qemu: str
+        self.linux: str
+        self.libvirt: str
+        self.vendor: str
+        (
+            self.name, self.word, self.shift, self.width, self.rule, self.requires, self.title, self.why,
+            self.withheld, self.qemu, self.linux, self.libvirt, self.vendor,
+        ) = row  # fmt: skip
+
+    @property
+    def mask(self) -> int:
+        return ((1 << self.width) - 1) << self.shift
+
+    def of(self, value: int) -> int:
+        """The feature's own value in a word's."""
+        return value >> self.shift & ((1 << self.width) - 1)
+
+    @property
+    def is_bit(self) -> bool:
+        """Whether it is bits that are granted one by one: only by name, and 0 where they are not."""
+        return self.rule in (rules.AND, rules.HINT)
+
+    @property
+    def bases(self) -> Iterator[tuple[str, int]]:
+        """What it is built on: (name, least value), 0 for an or-feature that must be clear."""
+        for text in self.requires:
+            name, _, least = text.partition(">=")
+            yield name.lstrip("!"), 0 if text.startswith("!") else int(least or "1", 0)
+
+
+class Names:
+    """All features of one architecture by name, by alias, and by place."""
+
+    __slots__ = ("by_alias", "by_name", "by_place")
+
+    def __init__(self, architecture: str) -> None:
+        tables = import_module(f"{__name__}._{architecture}_names")
+        self.by_name = {row[0]: Feature(row) for row in tables.FEATURES}
+        self.by_place: dict[str, list[Feature]] = {}
+        self.by_alias: dict[str, list[Feature]] = {}
+        for feature in self.by_name.values():
+            self.by_place.setdefault(feature.word, []).append(feature)
+            for alias in {feature.qemu, feature.linux, feature.libvirt, feature.vendor} - {"", feature.name}:
+                self.by_alias.setdefault(alias, []).append(feature)
+
+    def feature(self, name: str) -> Feature:
+        """The feature of that name or unambiguous alias; raises UsageError with what is near it."""
+        found = self.by_name.get(name)
+        if found is not None:
+            return found
+        aliased = self.by_alias.get(name, [])
+        if len(aliased) == 1:
+            return aliased[0]
+        if aliased:
+            both = " or ".join(feature.name for feature in aliased)
+            raise UsageError(f"{name!r} is used for several features", hint=f"say {both}")
+        from difflib import get_close_matches  # only for a mistake
+
+        near = get_close_matches(name[:_LONGEST_NAME], [*self.by_name, *self.by_alias], 3)
+        raise UsageError(
+            f"no feature is called {name[:_LONGEST_NAME]!r}",
+            hint=f"did you mean {', '.join(near)}?" if near else "`kvmneg features` lists them",
+        )
+
+    def at(self, word: str, mask: int) -> Iterator[Feature]:
+        """The features of a word that lie in `mask`, lowest bit first."""
+        for feature in sorted(self.by_place.get(word, ()), key=lambda f: f.shift):
+            if feature.mask & mask:
+                yield feature
+
+
+_catalogs: dict[str, Catalog] = {}
+_names: dict[str, Names] = {}
+
+
+def load(architecture: str) -> Catalog:
+    """The rules of an architecture, made once. Raises UsageError where there is no catalogue for it."""
+    found = _catalogs.get(architecture)
+    if found is None:
+        found = _catalogs[architecture] = Catalog(architecture)
+    return found
+
+
+def names(architecture: str) -> Names:
+    """The names of an architecture, made once. Raises UsageError where there is no catalogue for it."""
+    found = _names.get(architecture)
+    if found is None:
+        load(architecture)
+        found = _names[architecture] = Names(architecture)
+    return found
+
+
+def available() -> tuple[str, ...]:
+    """The architectures this build has a catalogue for."""
+    return ("x86_64",)

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Build-time only: the catalogue's TOML tables become two Python modules, so that loading them is free.
+
+    python compile.py --architecture x86_64 --output-dir DIR TABLE.toml …
+
+writes DIR/_x86_64.py (masks, fields and dependencies: all that merging needs) and DIR/_x86_64_names.py (what
+people call the features). A feature without a rule, a name used twice, an unknown name in `requires` or two
+features on one bit stop the build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_WORD_KEYS = ("rule", "why")
+_TEXT_KEYS = ("title", "why", "withheld", "qemu", "linux", "libvirt", "vendor")
+_FEATURE_KEYS = frozenset(("bit", "bits", "rule", "requires", "value", *_TEXT_KEYS))
+_REQUIREMENT = re.compile(r"(?P<absent>!?)(?P<name>[a-z0-9.-]+)(?:>=(?P<least>0x[0-9a-f]+|[1-9][0-9]*))?")
+_NAME = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
+_LEAF = r"(?:cpuid|hyperv):0x(?:0|[1-9a-f][0-9a-f]{0,7})"
+_SUBLEAF = rf"{_LEAF}\.(?:0|[1-9][0-9]*)"
+_REST = r"(?:msr|arm64):0x(?:0|[1-9a-f][0-9a-f]*)|(?:kvm|tap|vhost-net):[a-z0-9-]+"
+_WORD = re.compile(rf"{_SUBLEAF}\.e[abcd]x|{_REST}")
+_WHOLE = re.compile(rf"{_LEAF}|{_SUBLEAF}|{_SUBLEAF}\.e[abcd]x|{_REST}")
+
+
+def _sibling(name: str) -> Any:
+    """A module of the pure core by its file, as kvmneg itself is not installed while it is being built."""
+    path = Path(__file__).resolve().parent.parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+rules = _sibling("rules")
+# A field of these cannot be a base: less of it may be more (0 is "no limit"), or it is never merged.
+_NO_BASE = frozenset((rules.EQUAL, rules.MINIMUM_NONZERO, rules.LOWEST)) | rules.UNMERGED
+_WIDTHS = {"cpuid": 32, "hyperv": 32, "kvm": 32, "msr": 64, "tap": 64, "vhost-net": 64, "arm64": 64}
+
+
+class CatalogError(Exception):
+    """A table says something that cannot be meant."""
+
+
+class Feature(NamedTuple):
+    """One row of a table, checked."""
+
+    name: str
+    word: str
+    shift: int
+    width: int
+    rule: str
+    row: dict[str, Any]
+
+    @property
+    def mask(self) -> int:
+        return ((1 << self.width) - 1) << self.shift
+
+
+def _bits(place: str, row: dict[str, Any], limit: int) -> tuple[int, int]:
+    """(lowest bit, width) of a row."""
+    if ("bit" in row) == ("bits" in row):
+        raise CatalogError(f"{place}: give either bit or bits")
+    if "bit" in row:
+        high = low = row["bit"]
+    else:
+        match = re.fullmatch(r"([0-9]+):([0-9]+)", str(row["bits"]))
+        if match is None:
+            raise CatalogError(f'{place}: bits are like "7:0"')
+        high, low = int(match[1]), int(match[2])
+    if type(low) is not int or not 0 <= low <= high < limit:
+        raise CatalogError(f"{place}: bits {high}:{low} do not lie in a {limit}-bit word")
+    return low, high - low + 1
+
+
+def _feature(word: str, name: str, row: Any, default: str | None) -> Feature:
+    place = f"{word} {name}"
+    if not isinstance(row, dict) or not _NAME.fullmatch(name):
+        raise CatalogError(f"{place}: a feature is a lower-case name with a table")
+    if not _WORD.fullmatch(word):
+        raise CatalogError(f"{place}: {word!r} is no word's address")
+    unknown = set(row) - _FEATURE_KEYS
+    if unknown:
+        raise CatalogError(f"{place}: unknown keys {sorted(unknown)}")
+    rule = row.get("rule", default)
+    if rule not in rules.MEANING:
+        wrong = f"no such rule {rule!r}" if rule else "no rule: there is no default"
+        raise CatalogError(f"{place}: {wrong}")
+    limit = _WIDTHS[word.partition(":")[0]]
+    shift, width = _bits(place, row, limit)
+    feature = Feature(name, word, shift, width, str(rule), row)
+    _check(feature, place, limit)
+    return feature
+
+
+def _check(feature: Feature, place: str, limit: int) -> None:
+    """What a rule demands of its row, so that closing dependencies stays an interior operator."""
+    rule, row = feature.rule, feature.row
+    if rule == rules.EQUAL and (feature.width != limit or row.get("requires")):
+        raise CatalogError(f"{place}: what must be equal is a whole word and built on nothing")
+    if rule == rules.VMX_CONTROLS and feature.width != 64:
+        raise CatalogError(f"{place}: VMX controls are 64 bits, must-be-1 and may-be-1")
+    if rule == rules.VERSION_RANGE and feature.width != 16:
+        raise CatalogError(f"{place}: a range of versions is 16 bits, the highest and the lowest")
+    if rule not in rules.BITWISE and rule not in rules.UNMERGED and "." in feature.name:
+        raise CatalogError(f"{place}: a number's name has no dot: fences write WORD.NAME = N")
+    if (rule == rules.POLICY) != ("value" in row):
+        raise CatalogError(f"{place}: a constant of policy has a value, and nothing else has")
+    if rule == rules.POLICY and not 0 <= row["value"] < 1 << feature.width:
+        raise CatalogError(f"{place}: the value does not fit its bits")
+    if row.get("withheld") and rule != rules.AND:
+        raise CatalogError(f"{place}: only an and-feature can be withheld")
+
+
+class Tables:
+    """All tables of one architecture."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.features: dict[str, Feature] = {}
+        self.leaves: dict[str, tuple[str, str]] = {}
+        self.words: dict[str, list[Feature]] = {}
+        for path in sorted(paths):
+            try:
+                self._read(tomllib.loads(path.read_text("utf-8")))
+            except (CatalogError, tomllib.TOMLDecodeError) as error:
+                raise CatalogError(f"{path.name}: {error}") from None
+        for name, feature in self.features.items():
+            for text in feature.row.get("requires", ()):
+                self.requirement(name, text)
+
+    def _read(self, table: dict[str, Any]) -> None:
+        for word, body in table.items():
+            if not isinstance(body, dict) or not _WHOLE.fullmatch(word):
+                raise CatalogError(f"{word!r} is no leaf and no word")
+            default = body.get("rule")
+            rows = {key: row for key, row in body.items() if key not in _WORD_KEYS}
+            if rows:
+                for name, row in rows.items():
+                    self._add(_feature(word, name, row, default))
+            elif default not in rules.UNMERGED:
+                raise CatalogError(f"{word}: a whole leaf must be one of {sorted(rules.UNMERGED)}")
+            elif word in self.leaves:
+                raise CatalogError(f"{word} is described twice")
+            else:
+                self.leaves[word] = (str(default), body.get("why", ""))
+
+    def _add(self, feature: Feature) -> None:
+        if feature.name in self.features:
+            raise CatalogError(f"{feature.name} is used for two features")
+        row = self.words.setdefault(feature.word, [])
+        if any(other.mask & feature.mask for other in row):
+            raise CatalogError(f"{feature.word} {feature.name}: its bits are another feature's too")
+        row.append(feature)
+        self.features[feature.name] = feature
+
+    def requirement(self, name: str, text: str) -> tuple[Feature, int]:
+        """What `name` needs: the base and the least value it must have (0: an or-bit that is clear)."""
+        match = _REQUIREMENT.fullmatch(text)
+        base = self.features.get(match["name"]) if match else None
+        if match is None or base is None:
+            raise CatalogError(f"{name} requires {text!r}, which is no feature")
+        if bool(match["absent"]) != (base.rule == rules.OR):
+            raise CatalogError(f"{name} requires {text!r}: write ! before an or-feature, and only there")
+        if base.rule in _NO_BASE or (match["least"] and base.rule != rules.MINIMUM):
+            raise CatalogError(
+                f"{name} requires {text!r}: less of {base.name} may be more, or it is never merged"
+            )
+        return base, 0 if match["absent"] else int(match["least"] or "1", 0)
+
+
+def _following(feature: Feature) -> int:
+    """The feature's bits where they come and go with what they are built on, 0 where they are asked for.
+
+    So do numbers, and the second place of a feature that CPUID shows twice (avx-copy, amx-int8-alias).
+    """
+    number = feature.rule not in rules.BITWISE and feature.rule not in rules.UNMERGED
+    requires = feature.row.get("requires", ())
+    twice = any(feature.name == f"{base}-{kind}" for base in requires for kind in ("copy", "alias"))
+    return feature.mask if twice or (number and requires) else 0
+
+
+def _word(word: str, features: list[Feature]) -> tuple[Any, ...]:
+    """One row of WORDS: the word, and-, or- and hint-mask, numbers, known bits, bits that follow."""
+    masks = dict.fromkeys(rules.BITWISE, 0)
+    numbers = []
+    for feature in sorted(features, key=lambda one: one.shift):
+        if feature.rule in rules.BITWISE:
+            masks[feature.rule] |= feature.mask
+        elif feature.rule not in rules.UNMERGED:
+            numbers.append((feature.shift, feature.width, feature.rule))
+    known = sum(feature.mask for feature in features)
+    follow = sum(map(_following, features))
+    return word, masks[rules.AND], masks[rules.OR], masks[rules.HINT], tuple(numbers), known, follow
+
+
+def merging(tables: Tables) -> str:
+    """The module that merging needs: WORDS, LEAVES, REQUIRES, POLICY (see catalog/__init__.py)."""
+    words = [_word(word, features) for word, features in tables.words.items()]
+    policy = [
+        (feature.word, feature.mask, feature.row["value"] << feature.shift)
+        for feature in tables.features.values()
+        if feature.rule == rules.POLICY
+    ]
+    requires = [
+        (feature.word, feature.mask, base.word, base.shift, (1 << base.width) - 1, least)
+        for feature in _bases_first(tables)
+        if feature.rule not in rules.UNMERGED
+        for base, least in (
+            tables.requirement(feature.name, text) for text in feature.row.get("requires", ())
+        )
+    ]
+    leaves = {leaf: rule for leaf, (rule, _why) in tables.leaves.items()}
+    return _module({"WORDS": words, "LEAVES": leaves, "REQUIRES": requires, "POLICY": policy})
+
+
+def _bases_first(tables: Tables) -> list[Feature]:
+    """The features, each after what it is built on where there is no circle: closing needs few rounds."""
+    placed: dict[str, Feature] = {}
+    open_names: set[str] = set()
+
+    def place(feature: Feature) -> None:
+        if feature.name in placed or feature.name in open_names:
+            return
+        open_names.add(feature.name)
+        for text in feature.row.get("requires", ()):
+            place(tables.requirement(feature.name, text)[0])
+        placed[feature.name] = feature
+
+    for feature in tables.features.values():
+        place(feature)
+    return list(placed.values())
+
+
+def naming(tables: Tables) -> str:
+    """The module of names: FEATURES, a row each (see catalog/__init__.py Feature), and LEAF_REASONS."""
+    rows = [
+        (
+            *feature[:5],
+            tuple(feature.row.get("requires", ())),
+            *(feature.row.get(key, "") for key in _TEXT_KEYS),
+        )
+        for feature in tables.features.values()
+    ]
+    reasons = {leaf: why for leaf, (_rule, why) in tables.leaves.items()}
+    return _module({"FEATURES": rows, "LEAF_REASONS": reasons})
+
+
+def _module(values: dict[str, Any]) -> str:
+    head = "# Generated by kvmneg/features/catalog/compile.py; the tables beside it are the source.\n"
+    parts = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            body = "".join(f"    {key!r}: {item!r},\n" for key, item in value.items())
+            parts.append(f"{name} = {{\n{body}}}\n")
+        else:
+            body = "".join(f"    {item!r},\n" for item in value)
+            parts.append(f"{name} = (\n{body})\n")
+    return head + "".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--architecture", required=True)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("tables", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    try:
+        tables = Tables(arguments.tables)
+    except CatalogError as error:
+        sys.exit(f"catalogue: {error}")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    for suffix, text in (("", merging(tables)), ("_names", naming(tables))):
+        (arguments.output_dir / f"_{arguments.architecture}{suffix}.py").write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()

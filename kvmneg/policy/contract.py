@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The explicit answer: every word, its digest, and the binary form that libkvmneg applies.
+
+The binary form, version 1, is flat and little-endian; JSON is a view of it. The digest is the SHA-256 of the
+whole with the digest field zeroed.
+
+    header, 160 bytes
+      0  magic "KVMNEGC\\0"        8  u32 version 1        12  u32 architecture: 1 x86_64, 2 arm64
+     16  u32 total size           20  u32 header size     24  u32 grade: 0 unverified, 1 partial, 2 enforced
+     28  u32 reserved, 0          32  digest (32 bytes)
+     64  u64 fence generation, 0: no fence was pinned
+     72  digest of the fence (32 bytes, zero without one)
+    104  u32 counts: CPUID, MSR, arm64 register, capability, portable state, initialisation flag
+    128  reserved, 0 (32 bytes)
+    CPUID entry, 48 bytes: u32 function, index, space (0 KVM_GET_SUPPORTED_CPUID, 1 Hyper-V), reserved 0,
+                           u32 values[4], u32 masks[4] of eax ebx ecx edx
+    MSR entry, 24 bytes: u32 index, reserved 0, u64 value, u64 mask
+    arm64 register, 24 bytes: u64 id, u64 value, u64 mask, in the order of application
+    capability, 64 bytes: name (NUL padded, 40 bytes), u32 action (0 check, 1 enable), reserved 0,
+                          u64 value, u64 mask
+    portable state, 24 bytes: u32 kind, u32 rule, u64 id, u64 value
+    initialisation flag, 4 bytes: u32 number of a KVM_ARM_VCPU_* bit
+
+A mask has a one where the contract binds the bit; where it has a zero the bit is the VMM's (topology), the
+guest's (OSXSAVE), recomputed (XSAVE sizes), or in a register that this guest is not shown. Values are zero
+outside their mask, an entry binds at least one bit, entries are sorted by their address (CPUID: space,
+function, index; MSR: index; capability: name), and reserved fields are zero.
+"""
+
+from __future__ import annotations
+
+import struct
+from hashlib import sha256
+from itertools import pairwise
+
+from kvmneg import limits
+from kvmneg.errors import BadInput
+from kvmneg.features import catalog as catalogs
+from kvmneg.features import words
+from kvmneg.features.featureset import FeatureSet
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+FORMAT = "kvmneg.contract/1"
+MAGIC = b"KVMNEGC\0"
+VERSION = 1
+GRADES = ("unverified", "partial", "enforced")
+_ARCHITECTURES = {1: words.X86_64, 2: words.ARM64}
+_ARCHITECTURE_NUMBERS = {name: number for number, name in _ARCHITECTURES.items()}
+_HEADER = struct.Struct("<8sIIIIII32sQ32s6I32s")
+_CPUID = struct.Struct("<4I4I4I")
+_MSR = struct.Struct("<IIQQ")
+_CAPABILITY = struct.Struct("<40sIIQQ")
+_DIGEST_AT = slice(32, 64)
+_SPACES = ("cpuid", "hyperv")
+_CAPABILITIES = ("kvm:", "tap:", "vhost-net:")
+
+SCOPE = (
+    "judged: CPUID words, feature MSRs and KVM capabilities of the catalogue, against what this host "
+    "measured and the pinned fence",
+    "not judged: machine type and device state of another VMM build, ROM sizes, vhost-user and vDPA back "
+    "ends, VFIO, TSC frequency, portable MSR and XSAVE state",
+)
+
+
+class Contract:
+    """What one guest may see. `fence` is (generation, digest), (0, "") without one; `grade` one of GRADES."""
+
+    __slots__ = ("_binary", "digest", "fence", "grade", "granted")
+
+    def __init__(
+        self,
+        granted: FeatureSet,
+        fence: tuple[int, str] = (0, ""),
+        grade: str = "unverified",
+        *,
+        binary: bytes | None = None,
+    ) -> None:
+        self.granted = granted
+        self.fence = fence
+        self.grade = grade
+        self._binary = binary or _encode(granted, fence, grade)
+        self.digest = "sha256:" + self._binary[_DIGEST_AT].hex()
+
+    @property
+    def architecture(self) -> str:
+        return self.granted.architecture
+
+    def binary(self) -> bytes:
+        """The binary form, digest filled in."""
+        return self._binary
+
+    def words(self) -> dict[str, int]:
+        """Every word it binds with its value, constants of policy included, in the order of addresses."""
+        bound = _decode_words(self._binary)
+        return {word: bound[word][0] for word in sorted(bound, key=words.order)}
+
+    def to_json(self) -> dict[str, Any]:
+        """The document (kvmneg.contract/1)."""
+        generation, digest = self.fence
+        return {
+            "format": FORMAT,
+            "digest": self.digest,
+            "architecture": self.architecture,
+            "fence": {"generation": generation, "digest": digest} if generation else None,
+            "words": {word: words.text_value(word, value) for word, value in self.words().items()},
+            "grade": self.grade,
+            "scope": list(SCOPE),
+        }
+
+    @classmethod
+    def from_binary(cls, data: bytes, *, file: str = "contract") -> Contract:
+        """Read a binary contract back. Raises BadInput where any byte is not what this version writes."""
+        header = _checked_header(data, file)
+        generation, fence = header[8:10]
+        try:
+            bound = _decode_words(data)
+        except ValueError as error:
+            raise BadInput(str(error), file=file) from None
+        if header[5] >= len(GRADES) or (not generation and any(fence)):
+            raise BadInput("the header is not one that this version writes", file=file)
+        granted = _granted(_ARCHITECTURES[header[2]], bound)
+        # the bytes as they were given: a newer catalogue must not change a contract that somebody runs under
+        pinned = (generation, f"sha256:{fence.hex()}") if generation else (0, "")
+        return cls(granted, pinned, GRADES[header[5]], binary=bytes(data))
+
+
+def _checked_header(data: bytes, file: str) -> tuple[Any, ...]:
+    """The header's fields in the order of _HEADER, sizes and digest checked."""
+    if len(data) < _HEADER.size:
+        raise BadInput("shorter than a contract's header", file=file, hint="was it cut short?")
+    if len(data) > limits.CONTRACT_BYTES:
+        raise BadInput(f"larger than {limits.CONTRACT_BYTES} bytes", file=file)
+    header = _HEADER.unpack_from(data)
+    magic, version, architecture, total, size, _grade, reserved, digest = header[:8]
+    counts, tail = header[10:16], header[16]
+    if magic != MAGIC or version != VERSION:
+        raise BadInput("not a contract of this version", file=file)
+    if size != _HEADER.size or architecture not in _ARCHITECTURES or reserved or any(tail):
+        raise BadInput("the header is not one that this version writes", file=file)
+    if counts[2] or counts[4] or counts[5] or _ARCHITECTURES[architecture] not in catalogs.available():
+        raise BadInput("has arm64 sections, which this version cannot read", file=file)
+    expected = size + counts[0] * _CPUID.size + counts[1] * _MSR.size + counts[3] * _CAPABILITY.size
+    if not total == len(data) == expected:
+        raise BadInput(
+            f"is {len(data)} bytes, its header says {expected}", file=file, hint="was it cut short?"
+        )
+    zeroed = bytearray(data)
+    zeroed[_DIGEST_AT] = bytes(32)
+    if sha256(zeroed).digest() != digest:
+        raise BadInput("altered or damaged: its digest does not fit its content", file=file)
+    return header
+
+
+def _explicit(granted: FeatureSet) -> dict[str, int]:
+    values = granted.explicit()
+    for word, _mask, constant in catalogs.load(granted.architecture).policy:
+        values[word] = values.get(word, 0) | constant
+    return values
+
+
+def binding_mask(granted: FeatureSet, word: str) -> int:
+    """The bits of a word that a contract binds, 0 for a word that the guest is not shown at all.
+
+    Bits of a register that is hidden from the guest are left out: in an MSR those without the CPUID bit that
+    announces them, in a CPUID leaf beyond the highest the or-bits at 1. Nobody can read them, and neither KVM
+    nor a VMM takes a bit that the host has not.
+    """
+    catalog = catalogs.load(granted.architecture)
+    rule = catalog.words[word]
+    mask = rule.judged
+    mask |= sum(constant for name, constant, _value in catalog.policy if name == word)
+    hidden = rule.judged if word.startswith("msr:") else rule.or_mask
+    if rule.or_mask and word.startswith("cpuid:") and _beyond_highest(granted, word):
+        mask &= ~(granted.value(word) & rule.or_mask)
+    for need in catalog.requirements.get(word, ()):
+        if need.mask & hidden and not need.met(granted.value(need.base)):
+            mask &= ~need.mask
+    return mask
+
+
+def _beyond_highest(granted: FeatureSet, word: str) -> bool:
+    leaf = words.parse_cpuid(word)[0]
+    highest = granted.value(f"cpuid:{leaf & 0xC000_0000:#x}.0.eax")
+    return 0 < highest < leaf
+
+
+def _encode(granted: FeatureSet, fence: tuple[int, str], grade: str) -> bytes:
+    values = _explicit(granted)
+    cpuid, msr = _cpuid_section(granted, values), _msr_section(granted, values)
+    capability = _capability_section(granted, values)
+    body = b"".join((*cpuid, *msr, *capability))
+    generation, fence_digest = fence
+    header = _HEADER.pack(
+        MAGIC,
+        VERSION,
+        _ARCHITECTURE_NUMBERS[granted.architecture],
+        _HEADER.size + len(body),
+        _HEADER.size,
+        GRADES.index(grade),
+        0,
+        bytes(32),
+        generation,
+        bytes.fromhex(fence_digest.removeprefix("sha256:")) if generation else bytes(32),
+        *(len(cpuid), len(msr), 0, len(capability), 0, 0),
+        bytes(32),
+    )
+    binary = bytearray(header + body)
+    binary[_DIGEST_AT] = sha256(binary).digest()
+    return bytes(binary)
+
+
+def _cpuid_section(granted: FeatureSet, values: Mapping[str, int]) -> list[bytes]:
+    entries: dict[tuple[int, int, int], list[int]] = {}
+    for word, value in values.items():
+        kind = word.partition(":")[0]
+        if kind in _SPACES:
+            leaf, subleaf, register = words.parse_cpuid(word)
+            mask = binding_mask(granted, word)
+            row = entries.setdefault((_SPACES.index(kind), leaf, subleaf), [0] * 8)
+            place = words.REGISTERS.index(register)
+            row[place], row[place + 4] = value & mask, mask
+    return [
+        _CPUID.pack(leaf, subleaf, space, 0, *row)
+        for (space, leaf, subleaf), row in sorted(entries.items())
+        if any(row[4:])
+    ]
+
+
+def _msr_section(granted: FeatureSet, values: Mapping[str, int]) -> list[bytes]:
+    rows = []
+    for index, word in sorted((words.parse_msr(word), word) for word in values if word.startswith("msr:")):
+        mask = binding_mask(granted, word)
+        if mask:
+            rows.append(_MSR.pack(index, 0, values[word] & mask, mask))
+    return rows
+
+
+def _capability_section(granted: FeatureSet, values: Mapping[str, int]) -> list[bytes]:
+    rows = []
+    for word in sorted(values):
+        if word.startswith(_CAPABILITIES):
+            mask = binding_mask(granted, word)
+            if mask:
+                rows.append(_CAPABILITY.pack(word.encode(), 0, 0, values[word] & mask, mask))
+    return rows
+
+
+def _granted(architecture: str, bound: Mapping[str, tuple[int, int]]) -> FeatureSet:
+    """The set that a contract was made of: or-bits of a shown word that it does not bind are at 1."""
+    known = catalogs.load(architecture).words
+    return FeatureSet.of(
+        architecture,
+        {word: value | known[word].or_mask & ~mask for word, (value, mask) in bound.items() if word in known},
+    )
+
+
+def _decode_words(data: bytes) -> dict[str, tuple[int, int]]:
+    """(value, mask) of each word that a contract binds. Raises ValueError on what is never written."""
+    counts = _HEADER.unpack_from(data)[10:16]
+    bound: dict[str, tuple[int, int]] = {}
+    at, end = _HEADER.size, _HEADER.size + counts[0] * _CPUID.size
+    _check_order([(row[2], row[0], row[1]) for row in _CPUID.iter_unpack(data[at:end])])
+    for leaf, subleaf, space, reserved, *row in _CPUID.iter_unpack(data[at:end]):
+        if space >= len(_SPACES) or reserved or not any(row[4:]):
+            raise ValueError("a CPUID entry is not one that this version writes")
+        for register, value, mask in zip(words.REGISTERS, row[:4], row[4:], strict=True):
+            _bind(bound, words.cpuid_word(leaf, subleaf, register, _SPACES[space]), value, mask)
+    at, end = end, end + counts[1] * _MSR.size
+    _check_order([row[0] for row in _MSR.iter_unpack(data[at:end])])
+    for index, reserved, value, mask in _MSR.iter_unpack(data[at:end]):
+        if reserved or not mask:
+            raise ValueError("an MSR entry is not one that this version writes")
+        _bind(bound, words.msr_word(index), value, mask)
+    _check_order([row[0] for row in _CAPABILITY.iter_unpack(data[end:])])
+    for name, action, reserved, value, mask in _CAPABILITY.iter_unpack(data[end:]):
+        word = name.rstrip(b"\0").decode("ascii")
+        if action or reserved or not mask or not word.startswith(_CAPABILITIES):
+            raise ValueError("a capability entry is not one that this version writes")
+        _bind(bound, words.check(word), value, mask)
+    return bound
+
+
+def _check_order(keys: list[Any]) -> None:
+    if any(before >= after for before, after in pairwise(keys)):
+        raise ValueError("its entries are not in their order")
+
+
+def _bind(bound: dict[str, tuple[int, int]], word: str, value: int, mask: int) -> None:
+    if value & ~mask or mask >> words.width(word):
+        raise ValueError(f"{word} has bits that it does not bind")
+    if mask:
+        bound[word] = value, mask

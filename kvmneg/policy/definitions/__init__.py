@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Named things, as data: levels, platforms, what a guest boots with. One TOML file each, one loader.
+
+A name is a label: what counts is the list of features in the file. A definition that changes later changes no
+pinned fence and no contract, as those hold the resolved set.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kvmneg.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_HERE = os.path.dirname(__file__)
+_loaded: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+def available(kind: str) -> tuple[str, ...]:
+    """The names of a kind ("levels", "platforms", "boot"), sorted."""
+    names = os.listdir(os.path.join(_HERE, kind))
+    return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
+
+
+def _load(kind: str, name: str) -> dict[str, Any]:
+    found = _loaded.get((kind, name))
+    if found is None:
+        if name not in available(kind):
+            there_are = ", ".join(available(kind))
+            raise UsageError(
+                f"no {kind.removesuffix('s')} is called {name!r}", hint=f"there are: {there_are}"
+            )
+        import tomllib  # 5 ms: only for the first use of a definition
+
+        with open(os.path.join(_HERE, kind, f"{name}.toml"), "rb") as file:
+            found = _loaded[kind, name] = tomllib.load(file)
+    return found
+
+
+class Boot:
+    """What a guest starts with: features required and optional, numbers carried, and the essential ones."""
+
+    __slots__ = ("carry", "essential", "optional", "require")
+
+    def __init__(self, architecture: str) -> None:
+        table = _load("boot", architecture)
+        self.require: tuple[str, ...] = tuple(table["require"])
+        self.optional: tuple[str, ...] = tuple(table["optional"])
+        self.carry: tuple[str, ...] = tuple(table["carry"])
+        self.essential: tuple[str, ...] = tuple(table["essential"])
+
+
+def level(name: str, architecture: str) -> tuple[str, ...]:
+    """The features of a level, with its base's. Raises UsageError for another name or architecture."""
+    table = _load("levels", name)
+    if table["architecture"] != architecture:
+        raise UsageError(f"level {name} is of {table['architecture']}, this host is {architecture}")
+    base = table.get("based-on")
+    return (*(level(base, architecture) if base else ()), *table["features"])
+
+
+def platform(name: str, architecture: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(beginnings of the addresses of the words it bounds, the features it has in these).
+
+    Raises UsageError for another name or architecture.
+    """
+    table = _load("platforms", name)
+    bounds = table["bounds"].get(architecture)
+    if bounds is None:
+        raise UsageError(f"platform {name} is not defined for {architecture}")
+    return tuple(bounds), tuple(table["features"].get(architecture, ()))

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""request + report + fence → contract, or every reason why not. Pure."""
+
+from __future__ import annotations
+
+from kvmneg.errors import Blocked, Breached, UsageError
+from kvmneg.features import catalog as catalogs
+from kvmneg.features import rules, words
+from kvmneg.features.difference import Blocker
+from kvmneg.features.featureset import FeatureSet, fits, meet
+from kvmneg.policy import definitions, reasons
+from kvmneg.policy.contract import Contract
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvmneg.features.catalog import Feature
+    from kvmneg.features.report import Report
+    from kvmneg.policy.fence import Fence
+    from kvmneg.policy.request import Request
+
+# Words that only a guest which asks for them may see: Hyper-V's leaves change what a Linux guest believes.
+_ASKED_FOR = "hyperv:"
+
+
+class Answer:
+    """A contract, and the features asked for as optional (or left out of max) with the reason of each."""
+
+    __slots__ = ("contract", "not_granted")
+
+    def __init__(self, contract: Contract, not_granted: tuple[Blocker, ...]) -> None:
+        self.contract = contract
+        self.not_granted = not_granted
+
+
+def ceiling(report: Report, fence: Fence | None) -> FeatureSet:
+    """The most a new guest may get here: the offer, bounded by the fence.
+
+    Raises Breached, naming each feature, where the host offers less than the fence promises.
+    """
+    if fence is None:
+        return report.offer
+    below = fence.unmet(report.offer, missing_on=f"host {report.host}")
+    if below:
+        raise Breached(
+            f"{report.host} no longer offers what fence generation {fence.generation} promises",
+            [reasons.unfit(blocker, report, "the fence") for blocker in below],
+            hint="bring back what changed (kernel, microcode, module parameters), or pin a lower fence",
+        )
+    return meet(report.offer, fence.granted)
+
+
+def negotiate(request: Request, report: Report, fence: Fence | None = None) -> Answer:
+    """The contract for a request on this host under this fence.
+
+    Raises Breached (the host is below its fence), Blocked (required features are missing: all blockers, in
+    the order of addresses), UsageError (an unknown feature or level, one that cannot be asked for, or one
+    without what it is built on).
+    """
+    top = ceiling(report, fence)
+    wanted = _Wanted(request, report.architecture)
+    granted = _select(wanted, top)
+    missing = [feature for feature in wanted.required if not reasons.given(feature, granted, report)]
+    blockers = [reasons.missing(feature, wanted.by(feature), granted, report, fence) for feature in missing]
+    if blockers:
+        count = f"{len(blockers)} of the required features" if len(blockers) > 1 else blockers[0].feature
+        raise Blocked(f"{count} cannot be given on {report.host}", _sorted(blockers))
+    absent = [feature for feature in wanted.optional if not reasons.given(feature, granted, report)]
+    if wanted.maximum:
+        absent = [feature for feature in wanted.withheld if feature.of(top.value(feature.word))]
+    wants = "max" if wanted.maximum else "optional"
+    not_granted = [reasons.missing(feature, wants, granted, report, fence) for feature in absent]
+    pinned = (fence.generation, fence.digest) if fence else (0, "")
+    return Answer(Contract(granted, pinned), tuple(_sorted(not_granted)))
+
+
+def check(contract: Contract, report: Report) -> tuple[Blocker, ...]:
+    """Why a guest with this contract may not come to this host; empty when it may. Judges the accept set."""
+    there = report.accepting()
+    found = fits(contract.granted, there.offer, missing_on=f"host {report.host}")
+    return tuple(reasons.unfit(blocker, there, "the contract") for blocker in found)
+
+
+def check_request(request: Request, report: Report, fence: Fence | None = None) -> Answer:
+    """What `negotiate` would answer to a guest that comes from elsewhere: judged on the accept set.
+
+    Nothing is kept. Raises as `negotiate` does.
+    """
+    return negotiate(request, report.accepting(), fence)
+
+
+def _sorted(blockers: Iterable[Blocker]) -> list[Blocker]:
+    return sorted(
+        blockers, key=lambda blocker: (words.order(blocker.word), blocker.bit or 0, blocker.feature)
+    )
+
+
+class _Wanted:
+    """A request resolved to features: required, optional, withheld, and the numbers that come along."""
+
+    def __init__(self, request: Request, architecture: str) -> None:
+        self.names = catalogs.names(architecture)
+        boot = definitions.Boot(architecture)
+        self.request = request
+        self.maximum = request.maximum
+        self.withheld = [feature for feature in self.names.by_name.values() if feature.withheld]
+        self.carry = self._features(boot.carry)
+        asked = self._features((*request.require, *(request.exact or ())))
+        # a request for nothing else is not even asked to start; every other guest must
+        needed = self._features(() if request.exact is not None else boot.essential)
+        booting, levelled = self._features(boot.require), []
+        if request.level:
+            levelled = self._features(definitions.level(request.level, architecture))
+            needed += booting
+        self._by = dict.fromkeys((feature.name for feature in levelled), request.describe())
+        self._by |= dict.fromkeys((feature.name for feature in needed), "every guest")
+        self._by |= dict.fromkeys((feature.name for feature in asked), "the request")
+        self.required = _distinct([*asked, *needed, *levelled])
+        optional = self._features((*request.optional, *(boot.optional if request.level else ())))
+        self.optional = [feature for feature in _distinct(optional) if feature not in self.required]
+        for feature in (*self.required, *self.optional):
+            _refuse_unaskable(feature, architecture)
+        self._refuse_baseless()
+
+    def by(self, feature: Feature) -> str:
+        """Who wants a feature, for its blocker."""
+        return self._by[feature.name]
+
+    def chosen(self) -> dict[str, int]:
+        """The bits and numbers asked for or carried, by word, with the numbers these are built on."""
+        masks: dict[str, int] = {}
+        queue = [*self.required, *self.optional, *self.carry]
+        while queue:
+            feature = queue.pop()
+            if not feature.withheld and not masks.get(feature.word, 0) & feature.mask:
+                masks[feature.word] = masks.get(feature.word, 0) | feature.mask
+                bases = (self.names.by_name[name] for name, _least in feature.bases)
+                queue += (base for base in bases if base.rule not in rules.BITWISE)
+        return masks
+
+    def _features(self, names: Iterable[str]) -> list[Feature]:
+        return [self.names.feature(name) for name in names]
+
+    def _refuse_baseless(self) -> None:
+        """A request for a feature without the one it is built on is a mistake, not a wish for both."""
+        asked = {feature.name for feature in (*self.required, *self.optional)}
+        lacking: dict[str, str] = {}  # base → the feature that needs it
+        queue = list(self.required)
+        while queue:
+            feature = queue.pop(0)
+            for name, _least in feature.bases:
+                base = self.names.by_name[name]
+                everything = self.maximum and not base.word.startswith(_ASKED_FOR)
+                if base.is_bit and name not in asked and name not in lacking and not everything:
+                    lacking[name] = feature.name
+                    queue.append(base)
+        if lacking:
+            base_name, feature_name = next(iter(lacking.items()))
+            raise UsageError(
+                f"{feature_name} is built on {base_name}, which the request leaves out",
+                hint=f"require {' '.join(lacking)} too",
+                feature=feature_name,
+                base=base_name,
+            )
+
+
+def _refuse_unaskable(feature: Feature, architecture: str) -> None:
+    """What no host grants cannot be asked for: saying yes would promise what nobody keeps."""
+    if feature.rule == rules.POLICY:
+        constants = catalogs.load(architecture).policy
+        unset = not any(
+            word == feature.word and mask & value & feature.mask for word, mask, value in constants
+        )
+    else:
+        unset = feature.rule in rules.UNMERGED
+    if unset:
+        raise UsageError(
+            f"{feature.name} cannot be asked for: {rules.MEANING[feature.rule]}",
+            hint=feature.why or "leave it out",
+            feature=feature.name,
+        )
+
+
+def _distinct(features: Iterable[Feature]) -> list[Feature]:
+    return list({feature.name: feature for feature in features}.values())
+
+
+def _select(wanted: _Wanted, top: FeatureSet) -> FeatureSet:
+    """The part of the ceiling that a request gets, canonical."""
+    chosen = wanted.chosen()
+    withheld: dict[str, int] = {}
+    for feature in wanted.withheld:
+        withheld[feature.word] = withheld.get(feature.word, 0) | feature.mask
+    enlightened = any(word.startswith(_ASKED_FOR) for word in chosen)
+    values: dict[str, int] = {}
+    for word, rule in catalogs.load(top.architecture).words.items():
+        if wanted.maximum and not word.startswith(_ASKED_FOR):
+            given = rule.judged & ~withheld.get(word, 0)
+        else:
+            # Or-bits bound the guest's risk: it is told, whatever it asked for. Numbers and copies that are
+            # built on a feature come with it: closing drops them again where it is not granted.
+            given = chosen.get(word, 0) | rule.or_mask | rule.follow
+        if enlightened and word.startswith(_ASKED_FOR):
+            given |= (
+                rule.judged & ~rule.bits_mask
+            )  # Hyper-V's versions and limits come with any of its features
+        values[word] = top.value(word) & given
+        for field in rule.fields:
+            if not given >> field.shift & field.mask:
+                values[word] |= field.bottom << field.shift
+    return FeatureSet.of(top.architecture, values)

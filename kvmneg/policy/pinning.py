@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where a fence to pin comes from: `kvmneg fence pin --from SOURCE`. Pure."""
+
+from __future__ import annotations
+
+from kvmneg.errors import UsageError
+from kvmneg.features import catalog as catalogs
+from kvmneg.features.featureset import FeatureSet
+from kvmneg.policy import definitions, negotiation, pool
+from kvmneg.policy.request import Request
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvmneg.features.report import Report
+
+SOURCES = ("host", "baseline", "level:NAME", "platform:NAME")
+
+
+def source(text: str, report: Report) -> FeatureSet:
+    """The set that one of SOURCES means on the host of this report; none exceeds what the host offers.
+
+    host: all it offers. baseline: what every host of the pool offers, here a pool of one. level:NAME: what a
+    request for that level is granted without a fence. platform:NAME: the offer, with the words that the
+    platform bounds cut to its features.
+
+    Raises UsageError (no such source or name), Blocked (the host does not reach the level).
+    """
+    kind, colon, name = text.partition(":")
+    if text == "host":
+        return report.offer
+    if text == "baseline":
+        return pool.baseline([report])
+    if kind == "level" and name:
+        return negotiation.negotiate(Request(level=name), report).contract.granted
+    if kind == "platform" and name:
+        return _platform(name, report)
+    wrong = f"{text!r} names no {kind}" if colon and kind in ("level", "platform") else f"no source {text!r}"
+    raise UsageError(wrong, hint=f"there are: {', '.join(SOURCES)}")
+
+
+def _platform(name: str, report: Report) -> FeatureSet:
+    bounds, features = definitions.platform(name, report.architecture)
+    names = catalogs.names(report.architecture)
+    kept: dict[str, int] = {}
+    for feature in map(names.feature, features):
+        kept[feature.word] = kept.get(feature.word, 0) | feature.mask
+    values = dict(report.offer.words)
+    for word, offered in report.offer.words.items():
+        if word.startswith(bounds):
+            rule = catalogs.load(report.architecture).words[word]
+            # an or-bit is a risk that the host has, whatever its platform: it stays
+            cut = rule.judged & ~rule.or_mask & ~kept.get(word, 0)
+            values[word] = offered & ~cut | rule.bottom & cut
+    return FeatureSet.of(report.architecture, values)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A pool of hosts: what they all offer, and who holds what back. Pure.
+
+The baseline is the meet of the offers. Reports with equal offers count once, so ten thousand hosts of a few
+hundred kinds cost about what a few hundred hosts do.
+"""
+
+from __future__ import annotations
+
+from kvmneg import limits
+from kvmneg.errors import Incompatible, LimitExceeded, UsageError
+from kvmneg.features import catalog as catalogs
+from kvmneg.features import words
+from kvmneg.features.difference import Blocker, show
+from kvmneg.features.featureset import fits, meet_all
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmneg.features.catalog import Feature
+    from kvmneg.features.difference import Conflict
+    from kvmneg.features.featureset import FeatureSet
+    from kvmneg.features.report import Report
+
+# CPUID leaf 0 spells the vendor in EBX, EDX, ECX, AMD's leaf 0x80000000 repeats it: one reason, not six.
+_VENDOR = ("cpuid:0x0.0.e", "cpuid:0x80000000.0.e")
+_NAMED_HOSTS = 8  # of one side in a message; the rest are counted
+
+
+class Kind:
+    """Hosts with the same raw offer: the offer once, and who they are."""
+
+    __slots__ = ("offer", "reports")
+
+    def __init__(self, first: Report) -> None:
+        self.offer = first.offer
+        self.reports = [first]
+
+    def hosts(self) -> list[str]:
+        return [report.host for report in self.reports]
+
+
+class Holder:
+    """A feature that some members offer and the baseline does not have, and who holds it back.
+
+    `hosts` lack it or, for a number, keep it down; `of` is the size of the pool.
+    """
+
+    __slots__ = ("bit", "feature", "hosts", "of", "word")
+
+    def __init__(self, feature: str, word: str, bit: int | None, hosts: tuple[str, ...], of: int) -> None:
+        self.feature = feature
+        self.word = word
+        self.bit = bit
+        self.hosts = hosts
+        self.of = of
+
+    def to_json(self) -> dict[str, object]:
+        """{"feature", "word", "bit": number or null, "held_back_by": [host, …], "of": pool size}."""
+        return {
+            "feature": self.feature,
+            "word": self.word,
+            "bit": self.bit,
+            "held_back_by": list(self.hosts),
+            "of": self.of,
+        }
+
+
+def kinds(reports: Sequence[Report]) -> list[Kind]:
+    """The reports grouped by equal offers, in the order they first appear.
+
+    Raises UsageError on no report or on mixed architectures, LimitExceeded on more than REPORTS_PER_BASELINE.
+    """
+    if not reports:
+        raise UsageError("a baseline needs at least one report")
+    if len(reports) > limits.REPORTS_PER_BASELINE:
+        raise LimitExceeded("REPORTS_PER_BASELINE", limits.REPORTS_PER_BASELINE)
+    found: dict[tuple[str, tuple[int, ...], tuple[str, ...]], Kind] = {}
+    for report in reports:
+        # by raw words: making ten thousand canonical sets would cost more than merging them
+        raw = report.offer_words
+        key = (report.architecture, tuple(raw.values()), tuple(raw))
+        kind = found.get(key)
+        if kind is None:
+            found[key] = Kind(report)
+        else:
+            kind.reports.append(report)
+    architectures = {report.architecture: report for report in reports}
+    if len(architectures) > 1:
+        both = ", ".join(f"{report.host} is {name}" for name, report in sorted(architectures.items()))
+        raise UsageError(f"a pool has one architecture: {both}")
+    return list(found.values())
+
+
+def baseline(reports: Sequence[Report]) -> FeatureSet:
+    """What every host of the pool offers.
+
+    Raises Incompatible where hosts must agree and do not (vendors), naming both sides; what `kinds` raises.
+    """
+    return _baseline(kinds(reports))
+
+
+def _baseline(members: list[Kind]) -> FeatureSet:
+    met = meet_all(kind.offer for kind in members)
+    if met.conflicts:
+        blockers = _conflicts(met.conflicts, members)
+        sides = "; ".join(blocker.because for blocker in blockers)
+        raise Incompatible(
+            f"these hosts have no common baseline: {sides}", blockers, hint="make one pool for each of them"
+        )
+    return met
+
+
+def _conflicts(conflicts: Sequence[Conflict], members: list[Kind]) -> list[Blocker]:
+    blockers = []
+    vendors = _by_vendor(members)
+    if any(conflict.word.startswith(_VENDOR) for conflict in conflicts):
+        sides = [f"{vendor} on {_some(hosts)}" for vendor, hosts in sorted(vendors.items())]
+        missing_on = _some([host for hosts in vendors.values() for host in hosts])
+        blockers.append(
+            Blocker("vendor", "cpuid:0x0.0.ebx", None, "the pool", missing_on, "silicon", ", ".join(sides))
+        )
+    for conflict in conflicts:
+        if not conflict.word.startswith(_VENDOR):
+            blockers.append(_conflict(conflict, members))
+    return blockers
+
+
+def _conflict(conflict: Conflict, members: list[Kind]) -> Blocker:
+    sides = []
+    for value in conflict.values:
+        hosts = [
+            host for kind in members if kind.offer.words.get(conflict.word) == value for host in kind.hosts()
+        ]
+        sides.append(f"{show(conflict.word, value)} on {_some(hosts)}")
+    because = f"{conflict.word} must be the same on every host: " + ", ".join(sides)
+    blocker = Blocker.of_conflict(conflict, "the pool")
+    return blocker._replace(because=because)
+
+
+def _by_vendor(members: list[Kind]) -> dict[str, list[str]]:
+    """Hosts by the vendor their report names, or by the one their CPUID spells."""
+    found: dict[str, list[str]] = {}
+    for kind in members:
+        for report in kind.reports:
+            vendor = str(report.identity.get("vendor") or spelled_vendor(kind.offer) or "an unknown vendor")
+            found.setdefault(vendor, []).append(report.host)
+    return found
+
+
+def spelled_vendor(one: FeatureSet) -> str:
+    """The twelve letters of CPUID leaf 0 (EBX, EDX, ECX), "" where the set has none."""
+    raw = b"".join(
+        one.words.get(f"cpuid:0x0.0.{register}", 0).to_bytes(4, "little")
+        for register in ("ebx", "edx", "ecx")
+    )
+    return raw.decode("latin-1") if any(raw) else ""
+
+
+def _some(hosts: Sequence[str]) -> str:
+    named = ", ".join(hosts[:_NAMED_HOSTS])
+    return f"{named} and {len(hosts) - _NAMED_HOSTS} more" if len(hosts) > _NAMED_HOSTS else named
+
+
+def holders(reports: Sequence[Report], granted: FeatureSet) -> tuple[Holder, ...]:
+    """Who holds what back: every feature in which some member is beyond `granted`, with the hosts at fault.
+
+    They lack it, keep the number down, or, for an or-feature, have it. Where every host offers it and
+    `granted` lacks it all the same (a fence hides it), no host is named. In the order of addresses. Raises
+    as `kinds` does.
+    """
+    members = kinds(reports)
+    places = {(blocker.word, blocker.feature) for kind in members for blocker in fits(kind.offer, granted)}
+    table = catalogs.names(granted.architecture)
+    found = []
+    for _word, name in places:
+        feature = table.by_name.get(name)
+        if feature is not None:  # else a conflict, which no baseline names
+            bit = feature.shift if feature.width == 1 else None
+            hosts = tuple(host for kind in _guilty(members, granted, feature) for host in kind.hosts())
+            found.append(Holder(name, feature.word, bit, hosts, len(reports)))
+    return tuple(sorted(found, key=lambda held: (words.order(held.word), table.by_name[held.feature].shift)))
+
+
+def _guilty(members: list[Kind], granted: FeatureSet, feature: Feature) -> list[Kind]:
+    """The hosts whose value is the granted one where others' differ; all, where theirs were dropped."""
+    mask = (1 << feature.width) - 1
+    values = [kind.offer.value(feature.word) >> feature.shift & mask for kind in members]
+    if len(set(values)) == 1:
+        return []
+    own = granted.value(feature.word) >> feature.shift & mask
+    return [kind for kind, value in zip(members, values, strict=True) if value == own] or members
