@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from kvmneg.errors import UsageError
+from kvmneg.errors import Blocked, UsageError
 from kvmneg.features import catalog as catalogs
-from kvmneg.features.featureset import FeatureSet
+from kvmneg.features.featureset import FeatureSet, fits
 from kvmneg.policy import definitions, negotiation, pool
 from kvmneg.policy.request import Request
 
@@ -36,6 +36,24 @@ def source(text: str, report: Report) -> FeatureSet:
         return _platform(name, report)
     wrong = f"{text!r} names no {kind}" if colon and kind in ("level", "platform") else f"no source {text!r}"
     raise UsageError(wrong, hint=f"there are: {', '.join(SOURCES)}")
+
+
+def to_pin(granted: FeatureSet, report: Report) -> FeatureSet:
+    """The set as it is pinned: a vendor that it leaves open is this host's.
+
+    Raises Blocked, naming each feature, where it promises what the host does not offer.
+    """
+    catalog = catalogs.load(report.architecture)
+    vendor = {word: report.offer.words[word] for word in catalog.equal_words if word in report.offer.words}
+    whole = FeatureSet.of(report.architecture, {**vendor, **granted.words})
+    lacking = fits(whole, report.offer, missing_on=f"host {report.host}")
+    if lacking:
+        raise Blocked(
+            f"{report.host} offers less than this fence promises",
+            lacking,
+            hint="pin no more than every host has; `kvmneg baseline` computes it",
+        )
+    return whole
 
 
 def _platform(name: str, report: Report) -> FeatureSet:

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A blocking client of kvmnegd: what a VMM written in Python, and `kvmneg`, call it with.
+
+    with Client() as kvmnegd:
+        offer = kvmnegd.negotiate({"level": "x86-64-v2", "optional": ["avx2"]})
+        granted = kvmnegd.begin(offer["digest"], vm)     # granted["path"]: the contract's binary form
+
+Each method is its twin's in the .varlink files, with the same fields in parameters and replies. What the daemon
+refuses is raised as the error class it has in kvmneg.errors; a daemon that does not answer is Unreachable.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import time
+
+from kvmneg import errors, limits
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from types import TracebackType
+    from typing import Any
+
+DEFAULT_SOCKET = "/run/kvmneg/org.kvmneg"
+DEFAULT_TIMEOUT = 30.0  # seconds for one reply: Begin and Pin measure the host before they answer
+_CHUNK = 64 * 1024
+
+# Exit codes (kvmneg(1)) of errors that have no class of their own.
+_EXIT_CODES = {
+    "org.kvmneg.SlowWatcher": errors.Unreachable.exit_code,
+    "org.varlink.service.InvalidParameter": errors.UsageError.exit_code,
+}
+
+
+class Client:
+    """One connection, made with the first call. Not for several threads at once.
+
+    After a failure of the connection (Unreachable) the next call makes a new one; no call is ever sent twice.
+    """
+
+    def __init__(self, path: str = DEFAULT_SOCKET, *, timeout: float | None = DEFAULT_TIMEOUT) -> None:
+        """`timeout` is in seconds for each reply; None waits for ever."""
+        self.path = path
+        self.timeout = timeout
+        self._socket: socket.socket | None = None
+        self._received = bytearray()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. A VM's contract does not depend on it."""
+        self._received.clear()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    # --- org.kvmneg
+
+    def get_host(self) -> dict[str, Any]:
+        """host (kvmneg.report/1), generation, state, fence."""
+        return self.call("org.kvmneg.GetHost")
+
+    def negotiate(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """contract (kvmneg.contract/1), digest, generation, notGranted, scope. Raises Blocked, Breached, UsageError."""
+        return self.call("org.kvmneg.Negotiate", {"request": dict(request)})
+
+    def begin(self, digest: str, vm: str) -> dict[str, Any]:
+        """digest, generation, path, expiresInSeconds. Raises StaleOffer, NoSuchContract, Blocked, Breached."""
+        return self.call("org.kvmneg.Begin", {"digest": digest, "vm": vm})
+
+    def started(self, vm: str) -> None:
+        """The VM runs. Raises UsageError where it holds no contract, NotPermitted."""
+        self.call("org.kvmneg.Started", {"vm": vm})
+
+    def end(self, vm: str) -> None:
+        """The VM is gone. Raises UsageError where it holds no contract, NotPermitted."""
+        self.call("org.kvmneg.End", {"vm": vm})
+
+    def check(self, request: Mapping[str, Any] | None = None, *, digest: str | None = None) -> dict[str, Any]:
+        """fits, blockers, scope: may a guest with this request, or this contract, come here? Stores nothing."""
+        return self.call("org.kvmneg.Check", _given(request=request and dict(request), digest=digest))
+
+    def get_contract(self, digest: str) -> dict[str, Any]:
+        """contract, path, state. Raises NoSuchContract."""
+        return self.call("org.kvmneg.GetContract", {"digest": digest})
+
+    def watch(self) -> Iterator[dict[str, Any]]:
+        """The state now and with every change: generation, fenceDigest, state, hostDigest. Waits without a limit."""
+        return self.call_more("org.kvmneg.Watch")
+
+    # --- org.kvmneg.Fence
+
+    def fence_get(self) -> dict[str, Any]:
+        """pinned, generation, digest, text, state."""
+        return self.call("org.kvmneg.Fence.Get")
+
+    def fence_pin(
+        self,
+        reason: str,
+        *,
+        source: str | None = None,
+        text: str | None = None,
+        expected_generation: int | None = None,
+    ) -> dict[str, Any]:
+        """generation, digest, text of the new fence, from `source` ("host", "level:NAME", …) or a fence's text.
+
+        Raises NotPermitted, Blocked, BadInput, GenerationMismatch, StoreError.
+        """
+        given = _given(text=text, reason=reason, expectedGeneration=expected_generation)
+        return self.call("org.kvmneg.Fence.Pin", given if source is None else {"from": source, **given})
+
+    def fence_unpin(self, reason: str, *, expected_generation: int | None = None) -> dict[str, Any]:
+        """generation. Raises NotPermitted, NotPinned, GenerationMismatch, StoreError."""
+        return self.call(
+            "org.kvmneg.Fence.Unpin", _given(reason=reason, expectedGeneration=expected_generation)
+        )
+
+    def fence_history(self, limit: int | None = None) -> dict[str, Any]:
+        """entries, the newest first: generation, action, at, uid, pid, reason, digest."""
+        return self.call("org.kvmneg.Fence.History", _given(limit=limit))
+
+    # --- org.varlink.service
+
+    def get_info(self) -> dict[str, Any]:
+        """vendor, product, version, url, interfaces."""
+        return self.call("org.varlink.service.GetInfo")
+
+    def get_interface_description(self, interface: str) -> str:
+        """The .varlink file of an interface of the daemon."""
+        reply = self.call("org.varlink.service.GetInterfaceDescription", {"interface": interface})
+        return str(reply["description"])
+
+    # --- the protocol (UAPI.20)
+
+    def call(self, method: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Call a method that replies once. Raises what the daemon refuses with, Unreachable, NotPermitted."""
+        self._send(method, parameters, more=False)
+        reply, continues = self._reply(self.timeout)
+        if continues:
+            raise self._lost("it replies more than once to a call that did not ask for it")
+        return reply
+
+    def call_more(self, method: str, parameters: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """Call a method that may reply many times. Leaving the iteration early closes the connection."""
+        self._send(method, parameters, more=True)
+        continues, timeout = True, self.timeout
+        try:
+            while continues:
+                reply, continues = self._reply(timeout)
+                timeout = (
+                    None  # the first reply is owed at once, the others come when there is something to tell
+                )
+                yield reply
+        finally:
+            if continues:
+                self.close()  # the only way to end such a call
+
+    def _connected(self) -> socket.socket:
+        if self._socket is None:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.settimeout(self.timeout)
+            try:
+                connection.connect(self.path)
+            except OSError as error:
+                connection.close()
+                raise self._unreachable(error) from None
+            self._socket = connection
+        return self._socket
+
+    def _send(self, method: str, parameters: Mapping[str, Any] | None, *, more: bool) -> None:
+        if self._received:
+            self.close()  # left by a reply that was one too many
+        call: dict[str, Any] = {"method": method}
+        if parameters:
+            call["parameters"] = parameters
+        if more:
+            call["more"] = True
+        encoded = json.dumps(call, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\0"
+        if len(encoded) > limits.CALL_BYTES + 1:
+            raise errors.LimitExceeded("CALL_BYTES", limits.CALL_BYTES, f"{method} was called with more")
+        connection = self._connected()
+        try:
+            connection.settimeout(self.timeout)
+            connection.sendall(encoded)
+        except TimeoutError:
+            raise self._lost(f"it took no call for {self.timeout:g} seconds") from None
+        except OSError:
+            pass  # it closed the connection; why may be there to read
+
+    def _reply(self, timeout: float | None) -> tuple[dict[str, Any], bool]:
+        """(parameters, continues) of the next reply."""
+        try:
+            reply = json.loads(self._message(timeout).decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise self._lost("its reply is not JSON") from None
+        if type(reply) is not dict:
+            raise self._lost("its reply is not an object")
+        name, parameters = reply.get("error"), reply.get("parameters")
+        parameters = {} if parameters is None else parameters
+        if type(parameters) is not dict or not isinstance(name, str | None):
+            raise self._lost("its reply is not one of varlink")
+        if name is not None:
+            raise _refusal(name, parameters)
+        return parameters, reply.get("continues") is True
+
+    def _message(self, timeout: float | None) -> bytes:
+        """One message, without its NUL. Time counts for the whole of it."""
+        connection, received = self._connected(), self._received
+        deadline = None if timeout is None else time.monotonic() + timeout
+        searched = 0
+        while (end := received.find(0, searched)) < 0:
+            searched = len(received)
+            if searched > limits.REPLY_BYTES:
+                raise self._lost(f"its reply is longer than {limits.REPLY_BYTES} bytes")
+            try:
+                connection.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
+                data = connection.recv(_CHUNK)
+            except TimeoutError:
+                raise self._lost(f"no whole reply within {timeout:g} seconds") from None
+            except OSError as error:
+                raise self._lost(f"reading its reply failed: {error.strerror}") from None
+            if not data:
+                what = "in the middle of a reply" if received else "without a reply"
+                raise self._lost(f"it closed the connection {what}")
+            received += data
+        message = bytes(received[:end])
+        del received[: end + 1]
+        return message
+
+    def _lost(self, why: str) -> errors.Unreachable:
+        """The connection cannot be used any more: whatever comes would be taken for another call's reply."""
+        self.close()
+        return errors.Unreachable(
+            f"kvmnegd on {self.path} does not answer: {why}",
+            hint="`systemctl status kvmnegd` shows how it is",
+        )
+
+    def _unreachable(self, error: OSError) -> errors.KvmnegError:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            return errors.NotPermitted(
+                f"may not connect to {self.path}", hint="its directory or the socket itself denies this user"
+            )
+        why = os.strerror(error.errno) if error.errno else str(error)
+        start = "systemctl start kvmnegd" if self.path == DEFAULT_SOCKET else f"kvmnegd --socket {self.path}"
+        return errors.Unreachable(
+            f"kvmnegd is not reachable on {self.path}: {why}", hint=f"start it with `{start}`"
+        )
+
+
+def _given(**parameters: Any) -> dict[str, Any]:
+    """The parameters that are not null."""
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def _refusal(name: str, parameters: dict[str, Any]) -> errors.KvmnegError:
+    """The error of an error reply. Those of org.varlink.service carry no message: say what they mean."""
+    if name.startswith("org.varlink.service."):
+        value = next(iter(parameters.values()), "")
+        what = {
+            "InvalidParameter": f"kvmnegd refuses the parameter {value!r}",
+            "MethodNotFound": f"kvmnegd has no method {value}",
+            "InterfaceNotFound": f"kvmnegd has no interface {value!r}",
+        }.get(name.rpartition(".")[2], name)
+        error = errors.KvmnegError(
+            what, hint="is kvmnegd of another version than this client?", varlink=name, **parameters
+        )
+    else:
+        error = errors.from_varlink(name, parameters)
+    error.exit_code = _EXIT_CODES.get(name, error.exit_code)
+    return error

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One host, measured: KVM, the CPU itself, TAP and vhost, and the combo, as a report.
+
+Nothing is kept open between two measurements: a scratch VM counts as a guest to whoever watches KVM, and an
+open /dev/kvm pins KVM's modules. What stays is what KVM cannot change: raw CPUID, one of each kind of CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from kvmneg import __version__
+from kvmneg.errors import KvmnegError
+from kvmneg.features.report import Report
+from kvmneg.features.words import ARM64, X86_64
+from kvmneg.host import network, software
+from kvmneg.host.kvm import Kvm, raw_cpuid
+from kvmneg.host.software import Roots
+from kvmneg.host.volatile import Volatile
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any, Self
+
+    from kvmneg.host.kvm import CpuidEntry, Probe, Scratch
+    from kvmneg.host.software import CpuClass
+
+ARCHITECTURE = ARM64 if os.uname().machine == "aarch64" else X86_64
+
+
+class Measurer:
+    """Measures this host again and again. A context manager; one thread at a time."""
+
+    __slots__ = ("_path", "_roots", "_silicon", "_volatile", "vmms")
+
+    def __init__(self, path: str = "/dev/kvm", *, roots: Roots = Roots()) -> None:  # noqa: B008 (immutable)
+        self._path = path
+        self._roots = roots
+        self._volatile = Volatile(path, roots, _feature_msrs)
+        # raw CPUID of each CPU looked at, under what /proc/cpuinfo says of all of them
+        self._silicon: tuple[list[CpuClass], list[list[CpuidEntry]]] | None = None
+        # VMM builds, as kvmneg.host.vmm.known() gives them; set it when they are known
+        self.vmms: Sequence[Mapping[str, str]] = ()
+
+    @classmethod
+    def open(cls, path: str = "/dev/kvm", *, roots: Roots = Roots()) -> Self:  # noqa: B008
+        """A measurer of a KVM that can be used. Raises NoKvm with the cause and what to do."""
+        Kvm.open(path).close()
+        return cls(path, roots=roots)
+
+    def close(self) -> None:
+        """Forget everything; there is nothing to give back."""
+        self._silicon = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def changed(self, *, fresh: bool = False) -> bool:
+        """Whether an input that changes without an event did since `measure` (kvmneg.host.volatile)."""
+        return self._volatile.changed(fresh=fresh)
+
+    def measure(self) -> Report:
+        """Measure now. Raises NoKvm, KvmFault."""
+        self._volatile.mark()
+        try:
+            return self._report()
+        except KvmnegError:
+            self._volatile.forget()
+            raise
+
+    def _report(self) -> Report:
+        classes = software.cpu_classes(self._roots)
+        combo = software.combo(self.vmms, roots=self._roots, classes=classes)
+        measured = {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "by": f"kvmneg {__version__}",
+            "host": software.host_name(self._roots),
+            "source": "kvm",
+        }
+        parts = self._x86(classes) if ARCHITECTURE == X86_64 else self._arm64(classes)
+        parts["offer"].update(network.masks(self._roots.dev))
+        return Report(ARCHITECTURE, measured=measured, combo=combo, **parts)
+
+    def _x86(self, classes: list[CpuClass]) -> dict[str, Any]:
+        from kvmneg.host import x86  # its twin is for the other architecture
+
+        representatives = _representatives(classes)
+        with Kvm.open(self._path) as kvm, kvm.scratch() as scratch:
+            if len(representatives) < 2:
+                probes = [kvm.probe(scratch)]
+            else:
+                probes = [_probe_on(cpu, kvm, scratch) for cpu in representatives]
+        if self._silicon is None or self._silicon[0] != classes:
+            self._silicon = classes, [raw_cpuid(cpu) for cpu in representatives]
+        decoder = x86.decoder()
+        return {
+            "identity": x86.identity(probes[0].supported),
+            "offer": x86.met([decoder.offer(probe) for probe in probes]),
+            "silicon": x86.silicon_of(self._silicon[1]),
+        }
+
+    def _arm64(self, classes: list[CpuClass]) -> dict[str, Any]:
+        from kvmneg.host import arm64
+
+        with Kvm.open(self._path) as kvm, kvm.scratch() as scratch:
+            return {"identity": arm64.identity(classes), "offer": arm64.offer(kvm.capabilities(scratch))}
+
+
+def measure(
+    path: str = "/dev/kvm",
+    *,
+    roots: Roots = Roots(),  # noqa: B008
+    vmms: Sequence[Mapping[str, str]] = (),
+) -> Report:
+    """Measure this host once. Raises NoKvm, KvmFault."""
+    measurer = Measurer(path, roots=roots)
+    measurer.vmms = vmms
+    return measurer.measure()
+
+
+def _feature_msrs(path: str) -> object:
+    """KVM's feature MSRs, for comparison. Raises NoKvm, KvmFault."""
+    with Kvm.open(path) as kvm:
+        return kvm.feature_msrs() if ARCHITECTURE == X86_64 else None
+
+
+def _representatives(classes: Sequence[CpuClass]) -> list[int]:
+    """One CPU of each kind, of those this process may use; a kind it may not visit is not measured."""
+    allowed = os.sched_getaffinity(0)
+    found = [next((cpu for cpu in one.cpus if cpu in allowed), None) for one in classes]
+    return [cpu for cpu in found if cpu is not None] or [min(allowed)]
+
+
+def _probe_on(cpu: int, kvm: Kvm, scratch: Scratch) -> Probe:
+    """Ask KVM on one CPU: parts of its answer are that CPU's own CPUID."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        return kvm.probe(scratch)
+    finally:
+        os.sched_setaffinity(0, before)

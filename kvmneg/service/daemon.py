@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""kvmnegd(8): measures, opens the store, serves. Everything is put together here, nothing is decided.
+
+The order counts: the listening socket exists first (a client that comes early waits in its backlog), then the state,
+then the first measurement, then READY=1.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+
+from kvmneg import __version__, limits
+from kvmneg.errors import KvmnegError, StoreError, UsageError
+from kvmneg.service import systemd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from kvmneg.service.node import Node
+    from kvmneg.service.varlink import Server
+
+DEFAULT_SOCKET = "/run/kvmneg/org.kvmneg"
+DEFAULT_STATE = "/var/lib/kvmneg"
+_EXPIRY_SECONDS = 30.0
+
+
+def main() -> int:
+    """The entry point: exit status as in kvmneg(1)."""
+    try:
+        serve(_arguments())
+    except KvmnegError as error:
+        sys.stderr.write(f"kvmnegd: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        from traceback import print_exc
+
+        print_exc()
+        return KvmnegError.exit_code
+    return 0
+
+
+def _arguments() -> Namespace:
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser("kvmnegd", description="negotiates what virtual machines may see of this host's KVM")
+    parser.add_argument("--version", action="version", version=f"kvmnegd {__version__}")
+    parser.add_argument(
+        "--socket", metavar="PATH", help=f"serve here ({DEFAULT_SOCKET}); an inherited socket comes first"
+    )
+    parser.add_argument(
+        "--state", metavar="DIR", default=DEFAULT_STATE, help="keep fence and grants here (%(default)s)"
+    )
+    parser.add_argument("--kvm", metavar="PATH", default="/dev/kvm", help="measure this KVM (%(default)s)")
+    parser.add_argument("--report", metavar="FILE", help="serve a recorded report and measure nothing")
+    return parser.parse_args()
+
+
+def serve(arguments: Namespace) -> None:
+    """Serve until SIGTERM or SIGINT. Raises UsageError, StoreError, BadInput."""
+    listener, path = _listener(arguments.socket)
+    try:
+        from kvmneg.policy.fence import Fence
+        from kvmneg.service.contracts import ContractFiles
+        from kvmneg.service.node import Node
+        from kvmneg.service.router import Router
+        from kvmneg.service.varlink import Server
+        from kvmneg.store.sqlite import SqliteStore
+
+        with SqliteStore(arguments.state, verify=lambda text: Fence.parse(text).digest) as store:
+            files = ContractFiles(os.path.join(os.path.dirname(path) or ".", "contracts"))
+            lookup = None
+            if arguments.report:
+                from kvmneg.service.recorded import RecordedMeasurer
+
+                node = Node(store, RecordedMeasurer(arguments.report), files)
+            else:
+                from kvmneg.host.measure import Measurer
+                from kvmneg.service.vmms import VmmLookup
+
+                measurer = Measurer(arguments.kvm)
+                lookup = VmmLookup(arguments.state, measurer)
+                node = Node(store, measurer, files)
+            router = Router(node)
+            server = Server(listener, router)
+            router.attach(server)
+            server.on_internal_error = _print_internal_error
+            server.on_trouble = _print_trouble
+            _schedule(server, node)
+            node.changed.append(lambda: _tell_systemd(node))
+            _announce(node)
+            if lookup:
+                lookup.start(server, node)
+            server.run()
+            systemd.stopping()
+    finally:
+        listener.close()
+        if arguments.socket and path == arguments.socket:
+            _unlink(path)
+
+
+def _listener(path: str | None) -> tuple[socket.socket, str]:
+    """The socket to serve on, and its path. One inherited from systemd comes first. Raises UsageError."""
+    inherited = systemd.inherited_listener()
+    if inherited is not None:
+        return inherited, str(inherited.getsockname())
+    path = path or DEFAULT_SOCKET
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        _clear(path)
+        if os.path.dirname(path):
+            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+        listener.bind(path)
+        os.chmod(path, 0o666)  # every user's VMM may ask; who may pin is judged by the peer's credentials
+        listener.listen(limits.CONNECTIONS)
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"cannot serve on {path}: {error.strerror or error}", hint="name another socket with --socket"
+        ) from None
+    except BaseException:
+        listener.close()
+        raise
+    return listener, path
+
+
+def _clear(path: str) -> None:
+    """Remove a socket that nobody listens on any more; leave anything else alone. Raises StoreError, OSError."""
+    if not os.path.exists(path):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)  # left behind by a daemon that was killed
+            return
+    raise StoreError(f"another kvmnegd serves on {path}", hint="stop it, or name another socket with --socket")
+
+
+def _schedule(server: Server, node: Node) -> None:
+    """Signals, the watchdog, and the expiry of grants, in the server's loop."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    seconds = systemd.watchdog_seconds()
+    if seconds:
+        server.every(seconds, _watchdog)
+    server.every(_EXPIRY_SECONDS, node.expire)
+
+
+def _announce(node: Node) -> None:
+    systemd.ready(_status(node))
+    if node.state in ("unmeasured", "breached"):
+        sys.stderr.write(f"kvmnegd: {_trouble_of(node)}\n")
+
+
+def _trouble_of(node: Node) -> str:
+    try:
+        node.report  # noqa: B018 (it raises the reason)
+    except KvmnegError as error:
+        return str(error)
+    return "this host offers less than the pinned fence: no new contract is given; see `kvmneg fence show`"
+
+
+def _status(node: Node) -> str:
+    fence = f"fence {node.fence.digest[:19]}" if node.fence else "no fence"
+    return f"{node.state}, generation {node.generation}, {fence}"
+
+
+def _watchdog() -> None:
+    systemd.watchdog()
+
+
+def _tell_systemd(node: Node) -> None:
+    systemd.status(_status(node))
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _print_internal_error(error: BaseException) -> None:
+    from traceback import print_exception
+
+    print_exception(error)
+
+
+def _print_trouble(text: str) -> None:
+    sys.stderr.write(f"kvmnegd: {text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""org.kvmneg and org.kvmneg.Fence: each method of the .varlink files, in a few lines on the node.
+
+A handler takes the connection and the checked parameters (kvmneg.service.parameters) and returns the reply's
+parameters. It raises KvmnegError, which becomes the error reply.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kvmneg import limits
+from kvmneg.errors import Blocked, LimitExceeded, UsageError
+from kvmneg.policy import negotiation
+from kvmneg.policy.contract import SCOPE
+from kvmneg.policy.request import Request
+from kvmneg.service.authorization import is_admin, require_admin
+from kvmneg.service.node import now
+from kvmneg.store.interface import Audit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from kvmneg.features.difference import Blocker
+    from kvmneg.service.node import Node
+    from kvmneg.service.varlink import Connection
+
+    Handler = Callable[[Connection, dict[str, Any]], dict[str, Any]]
+
+# Methods whose answer, a no included, depends on nothing but the call, the host and the fence: their reply bytes
+# are kept until one of these changes.
+CACHEABLE = frozenset(("org.kvmneg.GetHost", "org.kvmneg.Negotiate", "org.kvmneg.Check"))
+
+
+class Interfaces:
+    """The methods of one node."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def handlers(self) -> dict[str, Handler]:
+        """Every method but the introspection's and Watch, by its full name."""
+        return {
+            "org.kvmneg.GetHost": self._get_host,
+            "org.kvmneg.Negotiate": self._negotiate,
+            "org.kvmneg.Begin": self._begin,
+            "org.kvmneg.Started": self._started,
+            "org.kvmneg.End": self._end,
+            "org.kvmneg.Check": self._check,
+            "org.kvmneg.GetContract": self._get_contract,
+            "org.kvmneg.Fence.Get": self._fence_get,
+            "org.kvmneg.Fence.Pin": self._fence_pin,
+            "org.kvmneg.Fence.Unpin": self._fence_unpin,
+            "org.kvmneg.Fence.History": self._fence_history,
+        }
+
+    def event(self) -> dict[str, Any]:
+        """What Watch tells: where host and fence stand now."""
+        node = self._node
+        return {
+            "generation": node.generation,
+            "fenceDigest": node.fence.digest if node.fence else None,
+            "state": node.state,
+            "hostDigest": node.report.digest() if node.state != "unmeasured" else None,
+        }
+
+    # -- org.kvmneg -------------------------------------------------------------------------------
+
+    def _get_host(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        node = self._node
+        fence = {"generation": node.fence.generation, "digest": node.fence.digest} if node.fence else None
+        return {"host": node.report.to_json(), "generation": node.generation, "state": node.state, "fence": fence}
+
+    def _negotiate(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        answer = self._node.negotiate(Request.from_json(parameters["request"]))
+        return {
+            "contract": answer.contract.to_json(),
+            "digest": answer.contract.digest,
+            "generation": self._node.generation,
+            "notGranted": [blocker.to_varlink() for blocker in answer.not_granted],
+            "scope": list(SCOPE),
+        }
+
+    def _begin(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        grant, path = self._node.begin(parameters["digest"], parameters["vm"], connection.peer)
+        return {
+            "digest": parameters["digest"],
+            "generation": grant.generation,
+            "path": path,
+            "expiresInSeconds": int(limits.GRANT_UNSTARTED_SECONDS),
+        }
+
+    def _started(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        self._node.started(parameters["vm"], connection.peer, admin=is_admin(connection.peer))
+        return {}
+
+    def _end(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        self._node.end(parameters["vm"], connection.peer, admin=is_admin(connection.peer))
+        return {}
+
+    def _check(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        if ("request" in parameters) == ("digest" in parameters):
+            raise UsageError("check needs either a request or a contract's digest")
+        if "digest" in parameters:
+            blockers = negotiation.check(self._node.contract(parameters["digest"])[0], self._node.report)
+        else:
+            blockers = self._blockers(Request.from_json(parameters["request"]))
+        rows = [blocker.to_varlink() for blocker in blockers]
+        return {"fits": not rows, "blockers": rows, "scope": list(SCOPE)}
+
+    def _blockers(self, request: Request) -> tuple[Blocker, ...]:
+        try:
+            negotiation.check_request(request, self._node.report, self._node.fence)
+        except Blocked as no:
+            return no.blockers
+        return ()
+
+    def _get_contract(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        contract, state = self._node.contract(parameters["digest"])
+        path = self._node.files.path(contract.digest) if state == "granted" else None
+        return {"contract": contract.to_json(), "path": path, "state": state}
+
+    # -- org.kvmneg.Fence -------------------------------------------------------------------------
+
+    def _fence_get(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        fence = self._node.fence
+        return {
+            "pinned": fence is not None,
+            "generation": self._node.generation,
+            "digest": fence.digest if fence else None,
+            "text": fence.text() if fence else None,
+            "state": self._node.state,
+        }
+
+    def _fence_pin(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        audit = _audit(connection, "pin a fence", parameters["reason"])
+        source, text = parameters.get("from"), parameters.get("text")
+        row = self._node.pin(source, text, parameters.get("expectedGeneration"), audit)
+        return {"generation": row.generation, "digest": row.digest, "text": row.text}
+
+    def _fence_unpin(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        audit = _audit(connection, "unpin the fence", parameters["reason"])
+        return {"generation": self._node.unpin(parameters.get("expectedGeneration"), audit)}
+
+    def _fence_history(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        limit = parameters.get("limit")
+        if limit is not None and not 0 < limit <= limits.HISTORY_ROWS:
+            raise LimitExceeded("HISTORY_ROWS", limits.HISTORY_ROWS, "ask for fewer entries")
+        rows = self._node.history(limit or limits.HISTORY_ROWS)
+        names = ("action", "generation", "at", "uid", "pid", "reason", "digest")
+        return {"entries": [{name: getattr(row, name) for name in names} for row in rows]}
+
+
+def _audit(connection: Connection, what: str, reason: str) -> Audit:
+    """Who asks, and why. Raises NotPermitted, UsageError (no reason), LimitExceeded (a long one)."""
+    peer = connection.peer
+    require_admin(peer, what)
+    if not reason.strip():
+        raise UsageError(f"a reason is needed to {what}", hint="a later admin will ask for it")
+    if len(reason) > limits.REASON_CHARACTERS:
+        raise LimitExceeded("REASON_CHARACTERS", limits.REASON_CHARACTERS, "say it shorter")
+    return Audit(peer.uid, peer.pid, now(), reason, _process_name(peer.pid))
+
+
+def _process_name(pid: int) -> str:
+    """The peer's name as ps shows it, for the record only: any process may choose its own."""
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            return os.fsdecode(file.read(64)).strip()
+    except OSError:
+        return ""

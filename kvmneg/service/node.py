@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The one mutable truth of a daemon: this host's report, the pinned fence, what was offered and granted.
+
+Decisions are the policy's; here is only when they are asked for, and with which inputs. `generation` is the
+fence's. Whatever changes an answer (a pin, a new measurement) calls every function in `changed`.
+"""
+
+from __future__ import annotations
+
+import time
+
+from kvmneg import limits
+from kvmneg.errors import (
+    KvmnegError,
+    NoKvm,
+    NoSuchContract,
+    NotPermitted,
+    StaleOffer,
+    UsageError,
+)
+from kvmneg.features.featureset import fits
+from kvmneg.policy import negotiation, pinning
+from kvmneg.policy.contract import Contract
+from kvmneg.policy.fence import Fence
+from kvmneg.store.interface import Audit, Grant
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    from kvmneg.features.report import Report
+    from kvmneg.policy.negotiation import Answer
+    from kvmneg.policy.request import Request
+    from kvmneg.service.contracts import ContractFiles
+    from kvmneg.service.peer import Peer
+    from kvmneg.store.interface import FenceRow, HistoryRow, Store
+
+    class Measurer(Protocol):
+        """Measures one host, again and again (kvmneg.host.measure)."""
+
+        def measure(self) -> Report:
+            """Raises NoKvm, KvmFault."""
+
+        def changed(self, *, fresh: bool = False) -> bool:
+            """Whether an input that changes without an event did (fresh: looked at just now)."""
+
+
+def now() -> str:
+    """The time as documents carry it: ISO 8601, UTC, seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class Node:
+    """One host under one fence. Not thread-safe: it belongs to the event loop."""
+
+    def __init__(self, store: Store, measurer: Measurer, files: ContractFiles) -> None:
+        self.store = store
+        self.files = files
+        self.changed: list[Callable[[], None]] = []
+        self._measurer = measurer
+        self._report: Report | None = None
+        self._why_not: KvmnegError = NoKvm("not measured yet")
+        # Wall time anchored once and counted on: a clock that is set does not move the grants' deadlines,
+        # and time asleep counts.
+        self._anchor = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._fence = _fence_of(store.fence())
+        self.generation = store.generation()
+        # offers by digest: the contract and the generation it was offered in; oldest first
+        self._offers: dict[str, tuple[Contract, int]] = {}
+        self.files.keep(store.contracts_outstanding())
+        self.measure()
+
+    # -- the host ---------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """Measure again; a host that cannot be measured keeps the reason and grants nothing."""
+        before = self._report
+        try:
+            self._report = self._measurer.measure()
+        except KvmnegError as error:
+            self._report, self._why_not = None, error
+        else:
+            self._record(self._report, before)
+        if (before and before.canonical()) != (self._report and self._report.canonical()):
+            self._tell()
+
+    def _record(self, report: Report, before: Report | None) -> None:
+        import zlib  # only where a report is kept
+
+        canonical = report.canonical()
+        if before is None or before.canonical() != canonical:
+            self.store.record_report(report.digest(), report.combo_digest(), now(), zlib.compress(canonical))
+
+    def refresh(self, *, fresh: bool = False) -> None:
+        """Measure again where an input changed; inputs are never older than a second, with `fresh` not at all."""
+        if self._report is None or self._measurer.changed(fresh=fresh):
+            self.measure()
+
+    @property
+    def report(self) -> Report:
+        """The current report; raises why there is none (NoKvm, KvmFault)."""
+        if self._report is None:
+            raise self._why_not
+        return self._report
+
+    @property
+    def fence(self) -> Fence | None:
+        return self._fence
+
+    @property
+    def state(self) -> str:
+        """floating, pinned, breached (the host is below its fence) or unmeasured."""
+        if self._report is None:
+            return "unmeasured"
+        if self._fence is None:
+            return "floating"
+        return "breached" if fits(self._fence.granted, self._report.offer) else "pinned"
+
+    # -- contracts --------------------------------------------------------------------------------
+
+    def negotiate(self, request: Request) -> Answer:
+        """An offer of this generation; raises what kvmneg.policy.negotiation raises, NoKvm, KvmFault."""
+        answer = negotiation.negotiate(request, self.report, self._fence)
+        offers = self._offers
+        offers.pop(answer.contract.digest, None)
+        offers[answer.contract.digest] = answer.contract, self.generation
+        if len(offers) > limits.CACHED_OFFERS:
+            del offers[next(iter(offers))]
+        return answer
+
+    def begin(self, digest: str, vm: str, peer: Peer) -> tuple[Grant, str]:
+        """Grant an offered contract to a VM: the grant, and the path of the contract's file.
+
+        Looks at the host afresh first. Raises NoSuchContract (never offered, or too long ago), StaleOffer (another
+        generation), Blocked (the host changed and cannot give it any more), UsageError (the VM holds another
+        contract, no UUID), LimitExceeded.
+        """
+        vm, digits = _uuid(vm), _hex(digest)
+        held = self.store.grant(vm)
+        if held and held.digest == digits and held.uid == peer.uid:
+            return held, self.files.path(digest)  # asked twice: the first reply may have been lost
+        contract, generation = self._offer("sha256:" + digits)
+        self.refresh(fresh=True)
+        if generation != self.generation:
+            raise StaleOffer(
+                f"offered at generation {generation}, the fence is at {self.generation}",
+                hint="negotiate again",
+                offered=generation,
+                generation=self.generation,
+            )
+        # the ceiling again: it raises where the host fell below its fence since
+        top = negotiation.ceiling(self.report, self._fence)
+        blockers = fits(contract.granted, top, missing_on=f"host {self.report.host}")
+        if blockers:
+            raise StaleOffer("the host changed since the offer", hint="negotiate again", generation=self.generation)
+        deadline = self._wall() + limits.GRANT_UNSTARTED_SECONDS
+        wanted = Grant(vm, digits, generation, peer.uid, peer.pid, now(), deadline, "begun")
+        granted = self.store.begin(wanted, contract.binary())
+        return granted, self.files.write(digest, contract.binary())
+
+    def started(self, vm: str, peer: Peer, *, admin: bool) -> None:
+        """The VM runs: its grant no longer expires. Raises UsageError, NotPermitted (another user's)."""
+        self._own(_uuid(vm), peer, admin)
+        self.store.started(_uuid(vm))
+
+    def end(self, vm: str, peer: Peer, *, admin: bool) -> None:
+        """The VM is gone. Raises UsageError, NotPermitted (another user's)."""
+        self._own(_uuid(vm), peer, admin)
+        self.store.end(_uuid(vm))
+        self.files.keep(self.store.contracts_outstanding())
+
+    def _own(self, vm: str, peer: Peer, admin: bool) -> None:
+        held = self.store.grant(vm)
+        if held is None:
+            raise UsageError(f"VM {vm} holds no contract", hint="it was ended, or expired before it was started")
+        if held.uid != peer.uid and not admin:
+            raise NotPermitted(f"VM {vm} belongs to uid {held.uid}", hint="ask as that user or as an admin")
+
+    def expire(self) -> None:
+        """End the grants that were never started in time."""
+        if self.store.expire(self._wall()):
+            self.files.keep(self.store.contracts_outstanding())
+
+    def _wall(self) -> float:
+        return self._anchor + time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def _offer(self, digest: str) -> tuple[Contract, int]:
+        found = self._offers.get(digest)
+        if found is None:
+            raise NoSuchContract(f"no offer {digest} is known here", hint="negotiate again", digest=digest)
+        return found
+
+    def contract(self, digest: str) -> tuple[Contract, str]:
+        """A contract offered or granted, and "offered", "granted" or "ended". Raises NoSuchContract."""
+        digits = _hex(digest)
+        offer = self._offers.get("sha256:" + digits)
+        state = "granted" if self.store.holds(digits) else "offered" if offer else "ended"
+        if offer:
+            return offer[0], state
+        data = self.store.contract(digits)
+        if data is None:
+            raise NoSuchContract(f"no contract {digest} is known here", digest=digest)
+        return Contract.from_binary(data, file=digest), state
+
+    # -- the fence --------------------------------------------------------------------------------
+
+    def pin(self, source: str | None, text: str | None, expected: int | None, audit: Audit) -> FenceRow:
+        """Pin a fence from a source ("host", "level:NAME", …) or a text; it must not exceed this host's offer.
+
+        Raises UsageError, BadInput, Blocked (each feature that the host lacks), GenerationMismatch, StoreError.
+        """
+        self.refresh(fresh=True)
+        if (source is None) == (text is None):
+            raise UsageError("pin needs either a source or a text")
+        granted = Fence.parse(text).granted if text is not None else pinning.source(source or "", self.report)
+        if granted.architecture != self.report.architecture:
+            raise UsageError(f"the fence is of {granted.architecture}, this host is {self.report.architecture}")
+        fence = Fence(pinning.to_pin(granted, self.report))
+        row = self.store.pin(fence.text(), fence.digest, expected_generation=expected, audit=audit)
+        self._moved(_fence_of(row), row.generation)
+        return row
+
+    def unpin(self, expected: int | None, audit: Audit) -> int:
+        """Take the fence down. Raises NotPinned, GenerationMismatch, StoreError."""
+        generation = self.store.unpin(expected_generation=expected, audit=audit)
+        self._moved(None, generation)
+        return generation
+
+    def history(self, limit: int) -> list[HistoryRow]:
+        return self.store.history(min(limit, limits.HISTORY_ROWS))
+
+    def _moved(self, fence: Fence | None, generation: int) -> None:
+        self._fence, self.generation = fence, generation
+        self._tell()
+
+    def _tell(self) -> None:
+        for function in self.changed:
+            function()
+
+
+def _fence_of(row: FenceRow | None) -> Fence | None:
+    return Fence.parse(row.text, generation=row.generation, file="the pinned fence") if row else None
+
+
+def _uuid(text: str) -> str:
+    from uuid import UUID  # 3 ms: not before the first VM
+
+    try:
+        return str(UUID(text))
+    except ValueError:
+        raise UsageError(f"{text!r} is no UUID", hint="like 3e4c2f6a-9d3b-4c1e-8a57-2f0d6b1c9e11") from None
+
+
+def _hex(digest: str) -> str:
+    """The 64 hexadecimal digits of a digest. Raises UsageError."""
+    digits = digest.removeprefix("sha256:")
+    if len(digits) != 64 or set(digits) - set("0123456789abcdef"):
+        raise UsageError(f"{digest!r} is no digest", hint="like sha256: and 64 hexadecimal digits")
+    return digits

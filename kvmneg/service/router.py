@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""From a call's name to its method, and the replies that are kept as bytes.
+
+The same host and the same fence give the same bytes: a reply of a cacheable method is kept under the call's own
+bytes. Whatever changes an answer (the node tells) empties it, and none is given out that is older than
+VOLATILE_SECONDS without having looked again whether the host changed.
+"""
+
+from __future__ import annotations
+
+from kvmneg import limits
+from kvmneg.errors import Blocked
+from kvmneg.service import introspection, parameters
+from kvmneg.service.interfaces import CACHEABLE, Interfaces
+from kvmneg.service.varlink import (
+    Dispatch,
+    ExpectedMore,
+    InterfaceNotFound,
+    Subscriptions,
+    error_reply,
+    reply,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from kvmneg.service.connection import Connection
+    from kvmneg.service.node import Node
+    from kvmneg.service.varlink import Server
+
+
+class Router(Dispatch):
+    """The dispatch of one node's interfaces."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._interfaces = Interfaces(node)
+        self._handlers = self._interfaces.handlers()
+        self._watchers = Subscriptions()
+        self._replies: dict[bytes, bytes] = {}  # what may be given out without a look at the host
+        self._known: dict[bytes, bytes] = {}  # what may be given out after one
+        self._fresh_until = 0.0
+        self._server: Server | None = None
+        # a call that is known costs this one look into a dictionary
+        self.cached = self._replies.get  # type: ignore[method-assign, assignment]
+        node.changed.append(self._forget)
+
+    def attach(self, server: Server) -> None:
+        """The server whose clock and timers tell when replies have become old."""
+        self._server = server
+
+    def call(
+        self, connection: Connection, method: str, given: dict[str, Any], more: bool, oneway: bool
+    ) -> bytes | None:
+        fields = _fields(method)
+        checked = parameters.check(given, fields)
+        if method in CACHEABLE:
+            self._look()
+            known = self._known.get(connection.raw)
+            if known is not None:
+                self._replies[connection.raw] = known
+                return known
+        if method.startswith("org.varlink.service."):
+            return reply(_introspect(method, checked))
+        if method == "org.kvmneg.Watch":
+            if not more:
+                raise ExpectedMore
+            self._watchers.add(connection, self._interfaces.event())
+            return None
+        answer = self._answer(method, connection, checked)
+        if method in CACHEABLE and not (more or oneway):
+            self._keep(connection.raw, answer)
+        return answer
+
+    def _answer(self, method: str, connection: Connection, checked: dict[str, Any]) -> bytes:
+        try:
+            return reply(self._handlers[method](connection, checked))
+        except Blocked as no:
+            if method not in CACHEABLE:
+                raise
+            return error_reply(no.varlink, no.parameters())  # as lasting as a yes
+
+    def _keep(self, call: bytes, answer: bytes) -> None:
+        if len(self._known) >= limits.CACHED_REPLIES:
+            self._replies.clear()
+            self._known.clear()
+        self._replies[call] = self._known[call] = answer
+
+    def _look(self) -> None:
+        """Inputs that change without an event are never older than VOLATILE_SECONDS in an answer."""
+        server = self._server
+        if server is None or server.clock() < self._fresh_until:
+            return
+        self._node.refresh()
+        self._fresh_until = server.clock() + limits.VOLATILE_SECONDS
+        # one-shot, and only while somebody asks: an idle daemon does not wake up
+        server.after(limits.VOLATILE_SECONDS, self._replies.clear)
+
+    def _forget(self) -> None:
+        self._replies.clear()
+        self._known.clear()
+        self._watchers.publish(self._interfaces.event())
+
+
+def _fields(method: str) -> dict[str, str]:
+    """The input of a method. Raises InterfaceNotFound, MethodNotFound."""
+    interface = method.rpartition(".")[0]
+    if interface not in parameters.METHODS:
+        raise InterfaceNotFound(interface)
+    return parameters.fields_of(method)
+
+
+def _introspect(method: str, checked: dict[str, Any]) -> dict[str, Any]:
+    if method.endswith(".GetInfo"):
+        return introspection.get_info()
+    return introspection.get_interface_description(checked["interface"])

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Measuring this machine's own KVM, whatever kind it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmneg.features import catalog
+from kvmneg.features.report import Report
+from kvmneg.host import measure
+from kvmneg.host.kvm import Kvm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [
+    pytest.mark.kvm,
+    pytest.mark.usefixtures("real_kvm"),
+    pytest.mark.skipif(measure.ARCHITECTURE != "x86_64", reason="these words are x86's"),
+]
+
+
+@pytest.fixture
+def measurer() -> Iterator[measure.Measurer]:
+    with measure.Measurer.open() as found:
+        yield found
+
+
+def test_the_report_is_a_document(measurer: measure.Measurer) -> None:
+    report = measurer.measure()
+    again = Report.loads(json.dumps(report.to_json()).encode())
+    assert again.digest() == report.digest()
+    assert again.offer == report.offer
+
+
+def test_registers_are_what_kvm_said(measurer: measure.Measurer) -> None:
+    """Every register of leaves 1, 7 and 0x80000001, but for what VMMs give and the CPU's own number."""
+    offer = measurer.measure().offer_words
+    with Kvm.open() as kvm:
+        entries = {entry[:2]: entry for entry in kvm.supported_cpuid()}
+    for leaf in ((0x7, 0), (0x80000001, 0)):
+        for place, register in enumerate(("eax", "ebx", "ecx", "edx"), 3):
+            said = entries[leaf][place]
+            assert offer.get(f"cpuid:{leaf[0]:#x}.{leaf[1]}.{register}", 0) == said
+    assert offer["cpuid:0x1.0.edx"] == entries[1, 0].edx
+    given = 1 << 31 | 1 << 24
+    assert offer["cpuid:0x1.0.ecx"] & ~given == entries[1, 0].ecx & ~given
+    assert offer["cpuid:0x1.0.ecx"] & 1 << 31
+
+
+def test_feature_msrs_are_what_kvm_said(measurer: measure.Measurer) -> None:
+    offer = measurer.measure().offer_words
+    with Kvm.open() as kvm:
+        values, refused = kvm.feature_msrs()
+    assert {word: value for word, value in offer.items() if word.startswith("msr:")} == {
+        f"msr:{index:#x}": value for index, value in values.items()
+    }
+    assert not {f"msr:{index:#x}" for index in refused} & offer.keys()
+
+
+def test_every_catalogued_capability_is_there(measurer: measure.Measurer) -> None:
+    offer = measurer.measure().offer_words
+    assert {word for word in catalog.load("x86_64").words if word.startswith("kvm:")} <= offer.keys()
+    assert offer["kvm:max-vcpus"] >= 1
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU to run on")
+def test_it_does_not_matter_on_which_cpu(measurer: measure.Measurer) -> None:
+    before = os.sched_getaffinity(0)
+    digests = set()
+    try:
+        for cpu in sorted(before)[:8]:
+            os.sched_setaffinity(0, {cpu})
+            digests.add(measurer.measure().digest())
+    finally:
+        os.sched_setaffinity(0, before)
+    assert len(digests) == 1
+
+
+def test_nothing_stays_open(measurer: measure.Measurer) -> None:
+    """A daemon that held /dev/kvm open would keep an administrator from reloading KVM's modules."""
+    before = sorted(os.listdir("/proc/self/fd"))
+    measurer.measure()
+    measurer.changed(fresh=True)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_nothing_changes_by_itself(measurer: measure.Measurer) -> None:
+    assert measurer.changed()
+    first = measurer.measure()
+    assert not measurer.changed(fresh=True)
+    assert measurer.measure().digest() == first.digest()
+
+
+def test_silicon_explains(measurer: measure.Measurer) -> None:
+    """The CPU's own vendor, and long mode (0x80000001 EDX 29), as this code runs in it."""
+    report = measurer.measure()
+    assert report.silicon_words["cpuid:0x80000001.0.edx"] & 1 << 29
+    vendor = b"".join(
+        report.silicon_words[f"cpuid:0x0.0.{register}"].to_bytes(4, "little")
+        for register in ("ebx", "edx", "ecx")
+    )
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        assert f"vendor_id\t: {vendor.decode()}\n" in file.read()

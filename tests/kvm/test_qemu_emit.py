@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The installed QEMU starts, paused, with what a contract of this host leads to; enforce=on makes that a proof."""
+
+import pytest
+
+from kvmneg.emit import qemu
+from kvmneg.errors import Blocked
+from kvmneg.features.report import Report
+from kvmneg.host import qemu_probe
+from kvmneg.host.measure import measure
+from kvmneg.host.qemu_probe import Build, QemuFault
+from kvmneg.policy.negotiation import negotiate
+from kvmneg.policy.request import Request
+
+
+@pytest.fixture(scope="module")
+def build() -> Build:
+    path = qemu_probe.find()
+    if path is None:
+        pytest.skip("qemu-system-x86_64 is not installed")
+    return qemu_probe.probe(path)
+
+
+@pytest.fixture
+def report(real_kvm: None) -> Report:
+    found = measure()
+    if found.architecture != "x86_64":
+        pytest.skip("processor flags are x86's")
+    return found
+
+
+def test_the_build_says_what_it_knows(build: Build) -> None:
+    assert {"fpu", "enforce", "phys-bits"} <= build.properties
+    assert build.machine.startswith("pc-q35-")
+    newest = tuple(map(int, build.machine.removeprefix("pc-q35-").split(".")))
+    assert newest[:1] == tuple(map(int, build.version.split(".")))[:1]
+
+
+@pytest.mark.parametrize("request_", [Request(level="x86-64-v1"), Request(maximum=True)], ids=["v1", "max"])
+def test_qemu_starts_with_a_contract_of_this_host(build: Build, report: Report, request_: Request) -> None:
+    try:
+        contract = negotiate(request_, report).contract
+    except Blocked as no:
+        pytest.skip(f"no usable KVM: it gives no guest a start: {no.message}")
+    emitted = qemu.emit(contract, build.machine, known=build.properties, host=report.offer)
+    assert qemu_probe.start_paused(build.path, emitted.arguments) == "prelaunch"
+
+
+def test_qemu_refuses_what_the_host_does_not_offer(build: Build, report: Report) -> None:
+    """Without this the test above could pass on a QEMU that drops features in silence."""
+    lacking = [
+        name
+        for name in ("avx512-4fmaps", "xop", "fma4", "tbm", "3dnow")
+        if name in build.properties and not report.offer.field(name)
+    ]
+    assert lacking, "no CPU has all of them"
+    with pytest.raises(QemuFault, match="doesn't support requested feature"):
+        qemu_probe.start_paused(
+            build.path,
+            ["-accel", "kvm", "-machine", build.machine, "-cpu", f"base,{lacking[0]}=on,enforce=on"],
+        )
+
+
+def test_a_program_that_is_no_qemu_is_told_from_one(tmp_path: object) -> None:
+    with pytest.raises(QemuFault, match="does not start"):
+        qemu_probe.probe("/bin/false")
+
+
+def test_a_missing_program_is_named() -> None:
+    with pytest.raises(QemuFault, match="cannot start /nonexistent"):
+        qemu_probe.probe("/nonexistent")
+
+
+def test_a_silent_program_is_not_waited_for(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    program = tmp_path / "silent"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    with pytest.raises(QemuFault, match="in time"):
+        qemu_probe.probe(str(program), timeout=0.2)
+
+
+def test_what_does_not_speak_qmp_is_named(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    program = tmp_path / "chatty"
+    program.write_text("#!/bin/sh\necho hello\nexec sleep 60\n")
+    program.chmod(0o755)
+    with pytest.raises(QemuFault, match="does not speak QMP"):
+        qemu_probe.probe(str(program), timeout=5)
