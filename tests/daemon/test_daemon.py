@@ -397,3 +397,22 @@ def test_notifies_systemd(make_daemon: Callable[..., Daemon], tmp_path: Path, mo
         daemon.end()
         while seen[-1] != "STOPPING=1":
             seen.append(manager.recv(4096).decode())
+
+
+def test_vmm_builds_are_found_and_never_waited_for(
+    real_kvm: None, make_daemon: Callable[..., Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VMM that takes its time to say its version does not hold up the first answer."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    vmm = folder / "firecracker"
+    vmm.write_text("#!/bin/sh\nsleep 1\necho Firecracker v9.8.7\n")
+    vmm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    daemon = make_daemon("--kvm", "/dev/kvm").start()
+    with daemon.client() as client, daemon.client() as watching:
+        known = client.get_host()["host"]["combo"].get("vmms", [])
+        assert "9.8.7" not in {build["version"] for build in known}
+        events = watching.watch()
+        while "9.8.7" not in {build["version"] for build in client.get_host()["host"]["combo"].get("vmms", [])}:
+            next(events)

@@ -100,7 +100,7 @@ class Row(NamedTuple):
 
 
 def _width(word: str) -> int:
-    return 64 if word.startswith("msr:") else 32
+    return 64 if word.startswith(("msr:", "tap:", "vhost-net:")) else 32
 
 
 @cache

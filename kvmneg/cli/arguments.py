@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Parsers: what all commands share, and the flags of a request."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from kvmneg.cli import COMMANDS, SOCKET, command_module
+from kvmneg.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from kvmneg.policy.request import Request
+
+
+class _Help(argparse.HelpFormatter):
+    """Of a fixed width: asking for the terminal's imports shutil, 2 ms of every start."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with mistakes as UsageError, whole option names only, and the options of every command."""
+
+    def __init__(
+        self, *, description: str | None = None, prog: str | None = None, add_help: bool = True
+    ) -> None:
+        super().__init__(
+            prog=prog, description=description, allow_abbrev=False, add_help=add_help, formatter_class=_Help
+        )
+
+    def common(self) -> None:
+        """The options that every command has."""
+        self.add_argument("--json", action="store_true", help="print JSON, as kvmneg(1) describes it")
+        self.add_argument("--socket", metavar="PATH", default=SOCKET, help=f"the daemon's socket ({SOCKET})")
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"see {self.prog} --help")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.exit(status)  # only --help comes here: mistakes are raised
+
+
+def parser_of(command: str) -> Parser:
+    """The parser of a command, its `run` set as a default."""
+    module = command_module(command)
+    parser = Parser(prog=f"kvmneg {command}", description=COMMANDS[command][1])
+    parser.common()
+    module.options(parser)
+    if hasattr(module, "run"):
+        parser.set_defaults(run=module.run)
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    """A list of names from one argument: commas between them."""
+    return [name for name in text.split(",") if name]
+
+
+def add_request(parser: Parser) -> None:
+    """The flags of a request: --max, --level, --require, --optional, --exact."""
+    group = parser.add_argument_group("what is asked for (x86-64-v1 if nothing is said)")
+    group.add_argument("--max", action="store_true", help="everything that host and fence allow")
+    group.add_argument("--level", metavar="NAME", help="a psABI level and what a guest boots with: x86-64-v2")
+    group.add_argument(
+        "--require", metavar="F,…", type=_names, action="extend", default=[], help="features it must have"
+    )
+    group.add_argument(
+        "--optional",
+        metavar="F,…",
+        type=_names,
+        action="extend",
+        default=[],
+        help="features if there are any",
+    )
+    group.add_argument(
+        "--exact",
+        metavar="F,…",
+        type=_names,
+        action="extend",
+        default=None,
+        help="these features, nothing else",
+    )
+
+
+def has_request(arguments: argparse.Namespace) -> bool:
+    """Whether any of a request's flags was given."""
+    given = (arguments.max, arguments.level, arguments.require, arguments.optional)
+    return any(given) or arguments.exact is not None
+
+
+def request_of(arguments: argparse.Namespace) -> Request:
+    """The request that the flags say. Raises UsageError where they exclude each other."""
+    from kvmneg.policy.request import Request
+
+    return Request(
+        maximum=arguments.max,
+        level=arguments.level,
+        require=tuple(arguments.require),
+        optional=tuple(arguments.optional),
+        exact=None if arguments.exact is None else tuple(arguments.exact),
+    )

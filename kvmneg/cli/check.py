@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""kvmneg check: may a guest come to this host? Judged by what the host accepts; nothing is kept."""
+
+from __future__ import annotations
+
+from kvmneg.cli import arguments as options_of
+from kvmneg.cli import requests, sources
+from kvmneg.cli.output import Screen, print_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from kvmneg.cli.arguments import Parser
+    from kvmneg.features.difference import Blocker
+    from kvmneg.policy.contract import Contract
+
+_Verdict = tuple["tuple[Blocker, ...]", list[str]]
+
+
+def options(parser: Parser) -> None:
+    options_of.add_request(parser)
+    parser.add_argument(
+        "--contract", metavar="FILE|DIGEST", help="a guest with this contract, instead of a request"
+    )
+    sources.add_report(parser, "asking the daemon")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from kvmneg.errors import Blocked, UsageError
+
+    if arguments.contract and options_of.has_request(arguments):
+        raise UsageError("--contract says it all: leave the request's flags out")
+    subject = arguments.contract or options_of.request_of(arguments).describe()
+    blockers, scope = _by_contract(arguments) if arguments.contract else _by_request(arguments)
+    if blockers:
+        raise Blocked(f"a guest with {subject} may not come here", blockers, fits=False, scope=scope)
+    if arguments.json:
+        print_json({"fits": True, "blockers": [], "scope": scope})
+        return 0
+    screen = Screen()
+    if arguments.report:
+        from kvmneg.cli import files
+
+        sources.label(screen, files.report(arguments.report))
+    screen.line(f"{screen.good('yes')}: a guest with {subject} may come here")
+    screen.scope(scope)
+    return 0
+
+
+def _by_contract(arguments: argparse.Namespace) -> _Verdict:
+    from kvmneg.policy import negotiation
+    from kvmneg.policy.contract import SCOPE
+
+    if not arguments.report and _digest_of(arguments):
+        return _daemon(arguments, digest=sources.full_digest(arguments.contract))
+    contract = _contract(arguments)
+    if arguments.report:
+        from kvmneg.cli import files
+
+        report = files.report(arguments.report)
+    else:
+        report = sources.daemon_report(arguments)
+    return negotiation.check(contract, report), list(SCOPE)
+
+
+def _digest_of(arguments: argparse.Namespace) -> bool:
+    """A file of that name wins: granted contracts lie in files named by their digest."""
+    import os
+
+    return sources.is_digest(arguments.contract) and not os.path.exists(arguments.contract)
+
+
+def _contract(arguments: argparse.Namespace) -> Contract:
+    if _digest_of(arguments):
+        return sources.contract_of_digest(arguments, arguments.contract)[0]
+    return requests.contract_file(arguments.contract)
+
+
+def _by_request(arguments: argparse.Namespace) -> _Verdict:
+    request = options_of.request_of(arguments)
+    if not arguments.report:
+        return _daemon(arguments, request=request.to_json())
+    from kvmneg.cli import files
+    from kvmneg.policy import negotiation
+    from kvmneg.policy.contract import SCOPE
+
+    negotiation.check_request(request, files.report(arguments.report))  # raises Blocked with every reason
+    return (), list(SCOPE)
+
+
+def _daemon(arguments: argparse.Namespace, **parameters: Any) -> _Verdict:
+    from kvmneg.features.difference import Blocker
+
+    answer = sources.call(arguments, "org.kvmneg.Check", **parameters)
+    blockers = tuple(Blocker.from_json(row) for row in answer.get("blockers") or ())
+    if not answer["fits"] and not blockers:
+        blockers = (
+            Blocker("contract", "", None, "the guest", "this host", "unknown", "the daemon gave no reason"),
+        )
+    return blockers, list(answer["scope"])

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""kvmneg compare A B: what differs between two reports, contracts or fences, by name."""
+
+from __future__ import annotations
+
+from kvmneg.cli.output import Screen, count, print_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from kvmneg.cli.arguments import Parser
+    from kvmneg.cli.files import Document
+    from kvmneg.features.difference import Blocker, Difference
+
+_LONG = 32  # characters of a combo value that are shown to people
+
+
+def options(parser: Parser) -> None:
+    parser.add_argument("a", metavar="A", help="a report, a contract or a fence; `host` for this host")
+    parser.add_argument("b", metavar="B", help="another")
+    parser.add_argument("--report", metavar="FILE", help="what `host` means instead of measuring this host")
+    parser.add_argument("--kvm", metavar="PATH", default="/dev/kvm", help="KVM's device (/dev/kvm)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from kvmneg.features.featureset import diff
+
+    a, b = (_side(arguments, path) for path in (arguments.a, arguments.b))
+    mixed = a.granted.architecture != b.granted.architecture
+    differences = () if mixed else diff(a.granted, b.granted)
+    accepting = () if mixed or not (a.report and b.report) else diff(a.accept, b.accept)
+    result = Result(a, b, differences, accepting, _combo(a, b))
+    if arguments.json:
+        print_json(result.to_json())
+    else:
+        _show(Screen(), result)
+    return 0 if result.same else 1
+
+
+def _side(arguments: argparse.Namespace, path: str) -> Document:
+    import os
+
+    from kvmneg.cli import files, sources
+
+    if path == "host" and not os.path.exists(path):
+        return files.Document("this host", report=sources.report_or_host(arguments))
+    return files.document(path)
+
+
+class Result:
+    """A comparison: `forth` is why a guest of A does not fit B, `back` the other way round."""
+
+    def __init__(
+        self,
+        a: Document,
+        b: Document,
+        differences: tuple[Difference, ...],
+        accepting: tuple[Difference, ...],
+        combo: list[dict[str, Any]],
+    ) -> None:
+        from kvmneg.features.featureset import fits
+
+        self.a = a
+        self.b = b
+        self.differences = differences
+        self.accepting = accepting if accepting != differences else ()
+        self.combo = combo
+        self.forth: tuple[Blocker, ...] = fits(a.granted, b.accept, missing_on=b.title)
+        self.back: tuple[Blocker, ...] = fits(b.granted, a.accept, missing_on=a.title)
+        self.same = not (differences or accepting) and a.granted.architecture == b.granted.architecture
+
+    def to_json(self) -> dict[str, Any]:
+        document: dict[str, Any] = {"same": self.same}
+        if not self.same:
+            number = len(self.differences) + len(self.accepting)
+            document["error"] = {
+                "name": "org.kvmneg.Different",
+                "message": f"{count(number, 'feature')} differ",
+            }
+        for name, side in (("a", self.a), ("b", self.b)):
+            host = side.report.host if side.report else None
+            document[name] = {
+                "file": side.path,
+                "kind": side.kind,
+                "host": host,
+                "digest": side.granted.digest(),
+            }
+        document |= {
+            "differences": [row.to_json() for row in self.differences],
+            "accept_differences": [row.to_json() for row in self.accepting],
+            "a_fits_b": not self.forth,
+            "b_fits_a": not self.back,
+            "blockers": [row.to_json() for row in self.forth],
+            "blockers_back": [row.to_json() for row in self.back],
+            "combo": self.combo,
+        }
+        return document
+
+
+def _combo(a: Document, b: Document) -> list[dict[str, Any]]:
+    """The dimensions of the combo in which two reports differ; None where one does not have it."""
+    if not (a.report and b.report):
+        return []
+    ours, theirs = _flat(a.report.combo), _flat(b.report.combo)
+    ours |= {f"identity.{key}": str(value) for key, value in a.report.identity.items()}
+    theirs |= {f"identity.{key}": str(value) for key, value in b.report.identity.items()}
+    names = dict.fromkeys((*ours, *theirs))
+    return [
+        {"dimension": name, "a": ours.get(name), "b": theirs.get(name)}
+        for name in names
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, str]:
+    """A tree of documents as dotted names: modules.kvm.ignore_msrs; lists by number, VMMs by name."""
+    rows: dict[str, str] = {}
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            rows |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            label = inner.get("name", place) if isinstance(inner, dict) and prefix == "vmms" else place
+            rows |= _flat(inner, f"{prefix}.{label}")
+    else:
+        rows[prefix] = str(value)
+    return rows
+
+
+def _show(screen: Screen, result: Result) -> None:
+    a, b = result.a, result.b
+    screen.table([("A", a.kind, a.title), ("B", b.kind, b.title)], indent=0)
+    if a.granted.architecture != b.granted.architecture:
+        screen.line(f"different: A is {a.granted.architecture}, B is {b.granted.architecture}")
+        return
+    if result.same:
+        screen.line(screen.good("same") + ": no feature differs")
+    else:
+        screen.line(screen.bad("different") + f": {count(len(result.differences), 'feature')}\n")
+    _differences(screen, result.differences)
+    if result.accepting:
+        screen.head("of what they accept from incoming guests")
+        _differences(screen, result.accepting)
+    for title, blockers in (("a guest of A fits B", result.forth), ("a guest of B fits A", result.back)):
+        screen.line(f"\n{screen.bold(title)}: {'no' if blockers else 'yes'}")
+        if blockers and not result.same:
+            screen.words("", dict.fromkeys(blocker.feature for blocker in blockers), column=2)
+    _measured_under(screen, result)
+
+
+def _measured_under(screen: Screen, result: Result) -> None:
+    """The dimensions that differ, side by side."""
+    for side, report in (("A", result.a.report), ("B", result.b.report)):
+        if report and not report.combo and result.combo:
+            screen.head(f"{side} does not say what it was measured under")
+            return
+    if result.combo:
+        screen.head("measured under")
+        rows = [(row["dimension"], _short(row["a"]), _short(row["b"])) for row in result.combo]
+        screen.table([("", "A", "B"), *rows])
+
+
+def _short(text: str | None) -> str:
+    if text is None:
+        return "-"
+    return text if len(text) <= _LONG else text[: _LONG - 1] + "…"
+
+
+def _differences(screen: Screen, differences: tuple[Difference, ...]) -> None:
+    """A group a word: which features only one side has, which numbers differ. Capabilities are one group."""
+    groups: dict[str, list[Difference]] = {}
+    for row in differences:
+        groups.setdefault("kvm:…" if row.word.startswith("kvm:") else row.word, []).append(row)
+    column = max(map(len, groups), default=0) + 2
+    for group, rows in groups.items():
+        lines = [
+            ("only A", [row.feature for row in rows if row.width == 1 and row.a]),
+            ("only B", [row.feature for row in rows if row.width == 1 and row.b]),
+        ]
+        lines += [(row.feature, _values(row).split(" ")) for row in rows if row.width > 1]
+        for place, (label, names) in enumerate((label, names) for label, names in lines if names):
+            head = f"{'' if place else group:<{column}}{label}"
+            screen.words(head, names, indent=0, column=column + 8)
+
+
+def _values(row: Difference) -> str:
+    return f"{_number(row.word, row.a)} on A, {_number(row.word, row.b)} on B"
+
+
+def _number(word: str, value: int) -> str:
+    from kvmneg.features.difference import show
+
+    text = show(word, value)
+    return str(value) if text.startswith("0x") and value < 1 << 16 else text

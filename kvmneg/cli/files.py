@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The files a command reads: reports, contracts (binary or JSON) and fences, told apart by their content."""
+
+from __future__ import annotations
+
+import errno
+import struct
+import sys
+
+from kvmneg import limits
+from kvmneg.errors import BadInput
+from kvmneg.features.featureset import FeatureSet
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from kvmneg.features.report import Report
+    from kvmneg.policy.contract import Contract
+    from kvmneg.policy.fence import Fence
+
+_HINTS = {
+    errno.ENOENT: "is the name right?",
+    errno.EACCES: "it may not be read by this user",
+    errno.EISDIR: "name a file in it",
+}
+
+
+def read(path: str, limit: int = limits.REPORT_BYTES) -> bytes:
+    """A file's bytes ("-": standard input), at most one more than `limit`. Raises BadInput."""
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read(limit + 1)
+        with open(path, "rb") as file:
+            return file.read(limit + 1)
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "")
+        raise BadInput(f"cannot be read: {error.strerror}", file=path, hint=hint) from None
+    except ValueError as error:  # a NUL in the name
+        raise BadInput(f"cannot be read: {error}", file=repr(path)) from None
+
+
+def report(path: str) -> Report:
+    """A report file. Raises BadInput."""
+    from kvmneg.features.report import Report
+
+    return Report.loads(read(path), file=path)
+
+
+class Document:
+    """A file of any kind: `kind` ("report", "contract", "fence"), what it offers or grants, whose it is."""
+
+    __slots__ = ("accept", "contract", "fence", "granted", "kind", "path", "report")
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        report: Report | None = None,
+        contract: Contract | None = None,
+        fence: Fence | None = None,
+    ) -> None:
+        self.path = path
+        self.report = report
+        self.contract = contract
+        self.fence = fence
+        self.kind = "report" if report else "contract" if contract else "fence"
+        part = contract or fence
+        self.granted: FeatureSet = (
+            part.granted if part else report.offer if report else FeatureSet.empty("x86_64")
+        )
+        self.accept: FeatureSet = report.accept if report else self.granted
+
+    @property
+    def title(self) -> str:
+        """What people call it: the host of a report, the file of anything else."""
+        return f"{self.report.host} ({self.path})" if self.report else self.path
+
+
+def document(path: str) -> Document:
+    """A report, a contract or a fence. Raises BadInput naming the file for anything else."""
+    data = read(path)
+    if data.startswith(b"KVMNEGC\0"):
+        return Document(path, contract=binary_contract(data, path))
+    if data.lstrip()[:1] in (b"{", b"["):
+        return _json_document(data, path)
+    from kvmneg.policy.fence import Fence
+
+    return Document(path, fence=Fence.parse(fence_text(data, path), file=path))
+
+
+def fence_text(data: bytes, path: str) -> str:
+    """The text of a fence file. Raises BadInput where it is not UTF-8 or too large."""
+    if len(data) > limits.FENCE_BYTES:
+        raise BadInput(f"larger than {limits.FENCE_BYTES} bytes", file=path)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise BadInput(
+            "not a text", file=path, line=line, hint="a report, a contract or a fence is expected"
+        ) from None
+
+
+def binary_contract(data: bytes, path: str) -> Contract:
+    """A contract's binary form. Raises BadInput."""
+    from kvmneg.policy.contract import Contract
+
+    if len(data) > limits.CONTRACT_BYTES:
+        raise BadInput(f"larger than {limits.CONTRACT_BYTES} bytes", file=path)
+    return Contract.from_binary(data, file=path)
+
+
+def _json_document(data: bytes, path: str) -> Document:
+    from kvmneg.features.report import Report, parse_json
+
+    parsed = parse_json(data, file=path, limit=limits.REPORT_BYTES)
+    found = parsed.get("format") if isinstance(parsed, dict) else None
+    if isinstance(parsed, dict) and isinstance(found, str) and found.startswith("kvmneg.contract/"):
+        return Document(path, contract=json_contract(parsed, path))
+    if isinstance(parsed, dict) and isinstance(
+        parsed.get("contract"), dict
+    ):  # what `kvmneg negotiate --json` prints
+        return Document(path, contract=json_contract(parsed["contract"], path))
+    return Document(path, report=Report.from_json(parsed, file=path))
+
+
+def json_contract(document: dict[str, Any], path: str) -> Contract:
+    """A contract from its JSON view. Raises BadInput, also where its digest does not fit its words."""
+    from kvmneg.policy import contract as contracts
+
+    if document.get("format") != contracts.FORMAT:
+        raise BadInput(f"format is {document.get('format')!r}, not {contracts.FORMAT!r}", file=path)
+    try:
+        for granted in _granted(document.get("architecture"), document.get("words"), path):
+            made = contracts.Contract(granted, _pinned(document), str(document.get("grade", "unverified")))
+            if made.digest == document.get("digest"):
+                return made
+    except (ValueError, TypeError, AttributeError, OverflowError, struct.error) as error:
+        raise BadInput(f"not a contract: {error}", file=path) from None
+    hint = "give the binary contract, or the file as kvmneg wrote it"
+    raise BadInput("altered, or of another version: its digest does not fit its words", file=path, hint=hint)
+
+
+def _pinned(document: dict[str, Any]) -> tuple[int, str]:
+    """Generation and digest of a contract's fence, (0, "") without one."""
+    fence = document.get("fence")
+    return (int(fence["generation"]), str(fence["digest"])) if fence else (0, "")
+
+
+def _granted(architecture: object, values: object, path: str) -> Iterator[FeatureSet]:
+    """The sets whose JSON view these words can be; the contract's digest tells which it was.
+
+    The view does not say which bits a contract binds: an or-bit of a leaf beyond the highest is shown as 0,
+    whether it is bound at 0 or, much more often, not bound.
+    """
+    from kvmneg.features import catalog, words
+    from kvmneg.policy.contract import binding_mask
+
+    if architecture not in catalog.available() or not isinstance(values, dict):
+        raise BadInput("not a contract: architecture or words is missing", file=path)
+    try:
+        parsed = {words.check(word): words.parse_value(word, text) for word, text in values.items()}
+    except BadInput as error:
+        raise BadInput(error.message, file=path, hint=error.hint) from None
+    rules = catalog.load(str(architecture)).words
+    or_bits = {word: rules[word].or_mask if word in rules else 0 for word in parsed}
+    told = FeatureSet.of(str(architecture), {word: value | or_bits[word] for word, value in parsed.items()})
+    unbound = {word: bits & ~binding_mask(told, word) for word, bits in or_bits.items() if bits}
+    yield FeatureSet.of(
+        str(architecture), {word: value | unbound.get(word, 0) for word, value in parsed.items()}
+    )
+    yield FeatureSet.of(str(architecture), parsed)
