@@ -14,7 +14,7 @@ SOURCES := pyproject.toml meson.build $(shell find kvmneg csrc man units -type f
 .DELETE_ON_ERROR:
 
 run: setup-run build  ## the main job on this host, narrated
-	@$(BIN)/python -m kvmneg.cli.demo
+	@$(BIN)/python -P -m kvmneg.cli.demo
 
 test: setup-test build $(VENV)/.test  ## all tests, linters included; PYTEST_ARGS= for a part
 	@$(BIN)/pytest $(PYTEST_ARGS)
@@ -23,7 +23,7 @@ lint: setup-test build $(VENV)/.test  ## the linters alone
 	@$(BIN)/pytest tests/lint $(PYTEST_ARGS)
 
 bench: setup-test build $(VENV)/.test  ## every figure with its target; KVMNEG_BENCH_STATE= for the state directory
-	@$(BIN)/python -m bench
+	@$(BIN)/python -P -c "import runpy, sys; sys.path.append('.'); runpy.run_module('bench', run_name='__main__')"
 
 build: $(VENV)/.built
 
@@ -44,11 +44,11 @@ $(BIN)/python:
 
 $(VENV)/.run: pyproject.toml tools/constraints.txt | $(BIN)/python
 	@echo "Python packages (once) …"
-	@$(PIP) install --constraint tools/constraints.txt $$($(BIN)/python tools/dependencies.py build run)
+	@$(PIP) install --use-pep517 --constraint tools/constraints.txt $$($(BIN)/python tools/dependencies.py build run)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	@$(PIP) install --constraint tools/constraints.txt $$($(BIN)/python tools/dependencies.py test lint)
+	@$(PIP) install --use-pep517 --constraint tools/constraints.txt $$($(BIN)/python tools/dependencies.py test lint)
 	@touch $@
 
 # a plain install, not an editable one: that would rebuild at import and cost start-up time

@@ -84,7 +84,7 @@ def _program(name: str) -> list[str]:
     path = os.path.join(os.path.dirname(sys.executable), name)
     if os.access(path, os.X_OK):
         return [path]
-    return [sys.executable, "-m", {"kvmneg": "kvmneg.cli", "kvmnegd": "kvmneg.service.daemon"}[name]]
+    return [sys.executable, "-P", "-m", {"kvmneg": "kvmneg.cli", "kvmnegd": "kvmneg.service.daemon"}[name]]
 
 
 def main() -> int:

@@ -367,7 +367,7 @@ def test_socket_activation(make_daemon: Callable[..., Daemon]) -> None:
         listener.bind(str(path))
         listener.listen()
         os.set_inheritable(listener.fileno(), True)
-        command = [sys.executable, "-m", "kvmneg.service.daemon", "--state", daemon.state, *daemon.options]
+        command = [sys.executable, "-P", "-m", "kvmneg.service.daemon", "--state", daemon.state, *daemon.options]
         shell = f'exec 3<&{listener.fileno()}; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
         daemon.process = subprocess.Popen(["/bin/bash", "-c", shell, "bash", *command], pass_fds=(listener.fileno(),))
         with daemon.client() as client:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The manual pages tell every command, option, error and JSON field, and render without errors."""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmneg import errors, limits
+from kvmneg.cli import COMMANDS, arguments
+
+MAN = Path(__file__).parents[2] / "man"
+PAGES = ("kvmneg.1", "kvmnegd.8")
+
+
+def source(page: str) -> str:
+    return (MAN / f"{page}.scd").read_text("utf-8")
+
+
+def options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Every option of a parser and of the parsers below it."""
+    for action in parser._actions:
+        yield from (text for text in action.option_strings if text.startswith("--"))
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from options(below)
+
+
+def section(page: str, command: str) -> str:
+    """The part of the page that is the command's: its own heading to the next, fence's verbs together."""
+    parts = re.findall(
+        rf"^## {command}\b.*?(?=^## (?!{command}\b)|^# )", source(page), re.DOTALL | re.MULTILINE
+    )
+    assert parts, f"kvmneg(1) has no section on {command}"
+    return "\n".join(parts)
+
+
+def of_every_command(page: str) -> str:
+    """The parts that hold for several commands: common options and the request's."""
+    return source(page).partition("# COMMANDS")[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_is_on_its_page(command: str) -> None:
+    told = section("kvmneg.1", command)
+    common = {"--json", "--socket", "--help", "--max", "--level", "--require", "--optional", "--exact"}
+    for option in options(arguments.parser_of(command)):
+        place = of_every_command("kvmneg.1") if option in common else told
+        assert f"*{option}" in place, f"kvmneg {command} {option}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_in_the_synopsis_with_its_required_options(command: str) -> None:
+    synopsis = source("kvmneg.1").partition("# SYNOPSIS")[2].partition("# DESCRIPTION")[0]
+    assert f"*kvmneg {command}" in synopsis
+
+
+def test_every_option_on_the_page_exists() -> None:
+    known = {option for command in COMMANDS for option in options(arguments.parser_of(command))}
+    told = set(re.findall(r"\*(--[a-z-]+)", source("kvmneg.1")))
+    assert told <= known | {"--version", "--help"}
+
+
+def test_every_option_of_the_daemon_is_on_its_page() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-P", "-m", "kvmneg.service.daemon", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    found = set(re.findall(r"(?<!\S)(--[a-z-]+)", shown))
+    assert "--socket" in found
+    page = source("kvmnegd.8")
+    assert {option for option in found if f"*{option}*" not in page} == set()
+
+
+def test_every_exit_code_is_on_the_page() -> None:
+    told = source("kvmneg.1").partition("# EXIT STATUS")[2]
+    for code in {error.exit_code for error in errors.family()}:
+        assert f"*{code}*\n" in told
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        limits.CALL_BYTES // 1024,
+        limits.NESTING_DEPTH,
+        limits.CONNECTIONS,
+        limits.CONNECTIONS_PER_UID,
+        limits.WATCHERS,
+        limits.GRANTS,
+        limits.GRANTS_PER_UID,
+        int(limits.FIRST_CALL_SECONDS),
+        int(limits.GRANT_UNSTARTED_SECONDS),
+    ],
+)
+def test_the_limits_on_the_page_are_the_limits(number: int) -> None:
+    told = source("kvmnegd.8").partition("# LIMITS")[2].partition("\n# ")[0]
+    assert re.search(rf"(?<!\d){number}(?!\d)", told)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_renders(page: str, tmp_path: Path) -> None:
+    if not shutil.which("scdoc"):
+        pytest.skip("scdoc is not installed")
+    made = subprocess.run(["scdoc"], input=source(page), capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    rendered = tmp_path / page
+    rendered.write_text(made.stdout, "utf-8")
+    if not shutil.which("mandoc"):
+        pytest.skip("mandoc is not installed")
+    # its lower grades are about scdoc's own output: empty paragraphs, long lines
+    linted = subprocess.run(
+        ["mandoc", "-T", "lint", "-W", "error", rendered], capture_output=True, text=True, check=False
+    )
+    assert linted.returncode == 0, linted.stdout + linted.stderr
