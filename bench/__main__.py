@@ -24,7 +24,16 @@ def compiled(folder: Path) -> Path:
     """The C programs of bench/c, compiled into `folder`."""
     for source in sorted((HERE / "c").glob("*.c")):
         program = folder / source.stem
-        command = ["gcc", "-O2", "-Wall", "-Werror", f"-I{HERE.parent / 'csrc'}", "-o", str(program), str(source)]
+        command = [
+            "gcc",
+            "-O2",
+            "-Wall",
+            "-Werror",
+            f"-I{HERE.parent / 'csrc'}",
+            "-o",
+            str(program),
+            str(source),
+        ]
         subprocess.run(command, check=True)
     return folder
 
@@ -45,7 +54,9 @@ def state_directory() -> str:
 
 def main() -> int:
     state = Path(state_directory())
-    print(f"kvmneg bench: Python {platform.python_version()}, Linux {platform.release()}, {os.cpu_count()} CPUs")
+    print(
+        f"kvmneg bench: Python {platform.python_version()}, Linux {platform.release()}, {os.cpu_count()} CPUs"
+    )
     print(f"state directory on {file_system(state)}")
     print(f"{'figure':<58} {'measured':>9} {'target':>8}")
     missed = False

@@ -28,11 +28,19 @@ def reports() -> list[Report]:
     kinds = []
     for _ in range(DISTINCT):
         offer = dict(base.offer_words)
-        for word in chance.sample([word for word in sorted(offer) if word.startswith("cpuid:") and ":0x0." not in word], 6):
+        for word in chance.sample(
+            [word for word in sorted(offer) if word.startswith("cpuid:") and ":0x0." not in word], 6
+        ):
             offer[word] &= ~(1 << chance.randrange(32))
         kinds.append(offer)
     return [
-        Report(base.architecture, measured={"host": f"h{n}"}, combo={}, identity=base.identity, offer=dict(kinds[n % DISTINCT]))
+        Report(
+            base.architecture,
+            measured={"host": f"h{n}"},
+            combo={},
+            identity=base.identity,
+            offer=dict(kinds[n % DISTINCT]),
+        )
         for n in range(REPORTS)
     ]
 

@@ -95,7 +95,9 @@ def figures(programs: Path, state: Path) -> Iterator[Figure]:
             reply = reply_of(ours_at)
             (programs / "reply").write_bytes(reply)
             (programs / "call").write_bytes(CALL)
-            echo = subprocess.Popen([programs / "echo_server", theirs_at, programs / "reply"], stdout=subprocess.DEVNULL)
+            echo = subprocess.Popen(
+                [programs / "echo_server", theirs_at, programs / "reply"], stdout=subprocess.DEVNULL
+            )
             try:
                 wait_for(theirs_at)
                 yield from _ratios(programs, (ours_at, daemon), (theirs_at, echo), len(reply))
@@ -108,7 +110,10 @@ def figures(programs: Path, state: Path) -> Iterator[Figure]:
 
 
 def _ratios(
-    programs: Path, ours: tuple[Path, subprocess.Popen[bytes]], theirs: tuple[Path, subprocess.Popen[bytes]], size: int
+    programs: Path,
+    ours: tuple[Path, subprocess.Popen[bytes]],
+    theirs: tuple[Path, subprocess.Popen[bytes]],
+    size: int,
 ) -> Iterator[Figure]:
     one = [(load(programs, *ours, 1), load(programs, *theirs, 1)) for _ in range(ROUNDS)]
     detail = f"{median(a.p50_us for a, _ in one):.0f} µs to {median(b.p50_us for _, b in one):.0f} µs, {size} bytes"

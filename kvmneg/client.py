@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import socket
+import struct
 import time
 
 from kvmneg import errors, limits
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_SOCKET = "/run/kvmneg/org.kvmneg"
 DEFAULT_TIMEOUT = 30.0  # seconds for one reply: Begin and Pin measure the host before they answer
 _CHUNK = 64 * 1024
+_TIMEVAL = struct.Struct("ll")  # of SO_SNDTIMEO; zero waits for ever
 
 # Exit codes (kvmneg(1)) of errors that have no class of their own.
 _EXIT_CODES = {
@@ -168,7 +170,11 @@ class Client:
     def _connected(self) -> socket.socket:
         if self._socket is None:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.settimeout(self.timeout)
+            # Not settimeout: that connects without blocking, and a full backlog fails at once instead of after a while.
+            seconds, part = divmod(self.timeout or 0.0, 1)
+            connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(seconds), int(part * 1e6))
+            )
             try:
                 connection.connect(self.path)
             except OSError as error:
@@ -251,6 +257,8 @@ class Client:
                 f"may not connect to {self.path}", hint="its directory or the socket itself denies this user"
             )
         why = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno == errno.EAGAIN:
+            why = f"it took no connection for {self.timeout:g} seconds"
         start = "systemctl start kvmnegd" if self.path == DEFAULT_SOCKET else f"kvmnegd --socket {self.path}"
         return errors.Unreachable(
             f"kvmnegd is not reachable on {self.path}: {why}", hint=f"start it with `{start}`"

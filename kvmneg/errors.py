@@ -50,7 +50,9 @@ class LimitExceeded(KvmnegError):
     varlink = "org.kvmneg.LimitExceeded"
 
     def __init__(self, limit: str, allowed: int, hint: str = "") -> None:
-        super().__init__(f"limit {limit} exceeded: at most {allowed}", hint=hint, limit=limit, allowed=allowed)
+        super().__init__(
+            f"limit {limit} exceeded: at most {allowed}", hint=hint, limit=limit, allowed=allowed
+        )
 
 
 class Blocked(KvmnegError):
@@ -157,6 +159,13 @@ class StoreError(KvmnegError):
 
     exit_code = 7
     varlink = "org.kvmneg.StoreFault"
+
+
+class VmmFault(KvmnegError):
+    """An installed VMM is missing, does not answer, or does not start. It never goes over the wire."""
+
+    exit_code = 7
+    varlink = "org.kvmneg.VmmFault"
 
 
 def family() -> tuple[type[KvmnegError], ...]:

@@ -77,7 +77,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def _unlisted_skips() -> list[tuple[str, str]]:
     lines = (TOP / "allowed-skips.txt").read_text("utf-8").splitlines()
     allowed = [line for line in lines if line.strip() and not line.startswith("#")]
-    return [(node, why) for node, why in _skips if not any(fnmatch.fnmatch(why, pattern) for pattern in allowed)]
+    return [
+        (node, why) for node, why in _skips if not any(fnmatch.fnmatch(why, pattern) for pattern in allowed)
+    ]
 
 
 def _ioctls() -> Counter[tuple[str, int]]:
@@ -129,4 +131,6 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.C
     for ioctl in _not_run(session) if session else ():
         terminalreporter.line(f"  {ioctl} never succeeded, though KVM is usable", red=True)
     for node, why in _unlisted_skips():
-        terminalreporter.line(f"skip not on tests/allowed-skips.txt: {node}: {why}", red=bool(os.environ.get("CI")))
+        terminalreporter.line(
+            f"skip not on tests/allowed-skips.txt: {node}: {why}", red=bool(os.environ.get("CI"))
+        )

@@ -16,9 +16,9 @@ import tempfile
 import time
 import uuid
 
-from kvmneg.cli import BROKEN_PIPE, INTERRUPTED, silence_output, sources
+from kvmneg.cli import BROKEN_PIPE, INTERNAL, INTERRUPTED, silence_output, sources
 from kvmneg.cli.output import Screen
-from kvmneg.errors import KvmFault, KvmnegError, NoKvm
+from kvmneg.errors import KvmFault, KvmnegError, NoKvm, Unreachable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,6 +114,11 @@ def main() -> int:
     except BrokenPipeError:
         silence_output()
         return BROKEN_PIPE
+    except Exception:
+        import traceback  # only for a bug
+
+        traceback.print_exc()
+        return INTERNAL
     finally:
         if daemon is not None:
             _end(daemon)
@@ -153,7 +158,7 @@ def _start(demo: Demo) -> subprocess.Popen[bytes]:
     began = time.monotonic()
     # its own session: Ctrl-C ends this program, which then ends the daemon in order
     daemon = subprocess.Popen([*_program("kvmnegd"), *words], start_new_session=True)
-    while not os.path.exists(demo.socket):
+    while not _answers(demo.socket):
         if daemon.poll() is not None:
             raise Failed(daemon.returncode or 70)
         if time.monotonic() - began > _START_SECONDS:
@@ -162,6 +167,17 @@ def _start(demo: Demo) -> subprocess.Popen[bytes]:
         time.sleep(0.01)
     demo.run("--socket", demo.socket, "watch", "--count", "1")
     return daemon
+
+
+def _answers(path: str) -> bool:
+    """Whether the daemon answers: the socket's file is there before anybody listens."""
+    from kvmneg.client import Client
+
+    try:
+        with Client(path) as client:
+            return bool(client.get_info())
+    except Unreachable:
+        return False
 
 
 def _pin(demo: Demo) -> None:

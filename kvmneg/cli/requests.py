@@ -29,7 +29,7 @@ def add_emit(parser: Parser) -> None:
 def emission(arguments: argparse.Namespace, contract: Contract, host: FeatureSet | None) -> Emission | None:
     """What --emit asks for: the arguments for the QEMU of --qemu, or of PATH, or without asking one.
 
-    Raises UsageError where there is neither QEMU nor --machine, QemuFault, Blocked (QEMU would refuse).
+    Raises UsageError where there is neither QEMU nor --machine, VmmFault, Blocked (QEMU would refuse).
     """
     if arguments.emit is None:
         return None

@@ -48,8 +48,11 @@ class FeatureSet:
         """The canonical set of raw values; words and bits without a rule are left out."""
         catalog = catalogs.load(architecture)
         kept: dict[str, int] = {}
+        rule_of, raised = catalog.words, catalog.raised_bottoms
         for word, value in measured.items():
-            rule = catalog.words.get(word)
+            if not value and word not in raised:
+                continue  # most words of most hosts: zero, and zero is their bottom
+            rule = rule_of.get(word)
             if rule is not None:
                 judged = value & rule.judged
                 if judged != rule.bottom:
@@ -124,20 +127,25 @@ def _uncontradicted(rule: WordRules, value: int) -> int:
 
 def _closed(catalog: Catalog, kept: dict[str, int]) -> dict[str, int]:
     """`kept` with every unmet dependency at its bottom and without the words at their bottom."""
-    rule_of, needs_of = catalog.words, catalog.requirements
-    changed = True
-    while changed:  # few rounds: bases mostly come before what is built on them
-        changed = False
-        for word, needs in needs_of.items():
-            value = kept.get(word)
+    needs_of, value_of, dependents = catalog.requirements, kept.get, catalog.dependents
+    pending: Iterable[str] = needs_of
+    while pending:  # few rounds: bases mostly come before what is built on them
+        changed: dict[str, None] = {}
+        for word in pending:
+            value = value_of(word)
             if value is None:
                 continue
-            for need in needs:
-                if value & need.mask != need.bottom:
-                    base = kept.get(need.base)
-                    if not need.met(rule_of[need.base].bottom if base is None else base):
-                        kept[word] = value = value & ~need.mask | need.bottom
-                        changed = True
+            every, none = dependents[word]
+            if value & every == none:
+                continue
+            for mask, bottom, base, base_bottom, field, least in needs_of[word]:
+                if value & mask != bottom:
+                    found = value_of(base, base_bottom) & field
+                    if found < least if least else found:  # not Requirement.met: 100 calls cost too much
+                        kept[word] = value = value & ~mask | bottom
+                        changed[word] = None
+        pending = {built: None for word in changed for built in catalog.built_on.get(word, ())}
+    rule_of = catalog.words
     return {word: value for word, value in kept.items() if value != rule_of[word].bottom}
 
 

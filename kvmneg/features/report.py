@@ -146,7 +146,7 @@ class Report:
         architecture = document.get("architecture")
         if architecture not in words.ARCHITECTURES:
             known = ", ".join(words.ARCHITECTURES)
-            raise BadInput(f"architecture {architecture!r} is not one of {known}", file=file)
+            raise BadInput(f"architecture {words.brief(architecture)} is not one of {known}", file=file)
         if architecture not in catalog.available():
             raise BadInput(f"a report of {architecture}, for which this build has no catalogue", file=file)
         if "offer" not in document:
@@ -175,7 +175,8 @@ def parse_json(data: bytes, *, file: str, limit: int) -> object:
     try:
         return json.loads(data, parse_constant=_no_constant, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        where = "cut short" if error.pos >= len(error.doc.rstrip()) else f"{error.msg} (column {error.colno})"
+        at_end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
+        where = "cut short" if at_end else f"{error.msg} (column {error.colno})"
         raise BadInput(f"not JSON: {where}", file=file, line=error.lineno) from None
     except (ValueError, RecursionError) as error:
         raise BadInput(f"not JSON: {error}", file=file) from None
@@ -203,9 +204,11 @@ def _check_format(document: dict[str, Any], file: str) -> None:
     family, _, version = found.partition("/") if isinstance(found, str) else ("", "", "")
     if family == "kvmneg.report" and version.isdecimal():
         raise BadInput(
-            f"made by a newer kvmneg ({found}, this one reads {FORMAT})", file=file, hint="update kvmneg"
+            f"made by a newer kvmneg ({str(found)[:40]}, this one reads {FORMAT})",
+            file=file,
+            hint="update kvmneg",
         )
-    raise BadInput(f"not a report: format is {found!r}, not {FORMAT!r}", file=file)
+    raise BadInput(f"not a report: format is {words.brief(found)}, not {FORMAT!r}", file=file)
 
 
 def _section(document: dict[str, Any], name: str, file: str) -> dict[str, Any]:

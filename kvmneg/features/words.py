@@ -30,6 +30,15 @@ _NAME_CHARACTERS = 40  # what the binary contract has room for, kind included
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
 
+_SHOWN_CHARACTERS = 80
+
+
+def brief(value: object) -> str:
+    """A value from elsewhere as a message shows it: escaped, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+
+
 def width(word: str) -> int:
     """Bits of a word, by its kind: 32 or 64."""
     return _WIDTHS[word.partition(":")[0]]
@@ -63,7 +72,7 @@ def parse_cpuid(word: str) -> tuple[int, int, str]:
     if kind in ("cpuid", "hyperv") and len(parts) == 3 and parts[2] in REGISTERS:
         leaf = _hexadecimal(parts[0])
         subleaf = int(parts[1]) if parts[1].isdecimal() and len(parts[1]) <= 10 else -1
-        if leaf is not None and leaf < 1 << 32 and str(subleaf) == parts[1] and subleaf < 1 << 32:
+        if leaf is not None and leaf < 1 << 32 and str(subleaf) == parts[1] and 0 <= subleaf < 1 << 32:
             return leaf, subleaf, parts[2]
     raise ValueError(f"not a CPUID word: {word!r}")
 
@@ -96,7 +105,7 @@ def check(word: str) -> str:
     except ValueError:
         pass
     raise BadInput(
-        f"{word!r} is no word's address",
+        f"{brief(word)} is no word's address",
         hint="like cpuid:0x7.0.ebx, msr:0x10a, kvm:exit-hypercall, arm64:0x6030000000160000",
     )
 
@@ -112,7 +121,7 @@ def parse_value(word: str, text: object) -> int:
         digits = text[2:]
         if _HEXADECIMAL.issuperset(digits):
             return int(digits, 16)
-    raise BadInput(f"{word}: {text!r} is not a {width(word)}-bit value like {text_value(word, 0)!r}")
+    raise BadInput(f"{word}: {brief(text)} is not a {width(word)}-bit value like {text_value(word, 0)!r}")
 
 
 def order(word: str) -> tuple[int, int, int, str]:

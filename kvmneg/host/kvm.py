@@ -8,6 +8,7 @@ registers are ints, tables are lists of named tuples; nothing here interprets th
 from __future__ import annotations
 
 import os
+from functools import partial
 from struct import Struct
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ _ENTRY = Struct("=7I12x")  # struct kvmneg_cpuid_entry
 _MSR = Struct("=IIQ")  # struct kvmneg_msr
 _CAPABILITIES = Struct(f"={lib.KVMNEG_CAPABILITIES}i")
 _CAPABILITY_NAMES = tuple(map(capability_name, range(lib.KVMNEG_CAPABILITIES)))
+_CAPABILITY_NUMBERS = {name: number for number, name in enumerate(_CAPABILITY_NAMES)}
 
 
 class CpuidEntry(NamedTuple):
@@ -41,11 +43,39 @@ class CpuidEntry(NamedTuple):
     edx: int
 
 
+# CpuidEntry._make without its check of the length: there are sixty of them in each measurement
+_cpuid_entry = partial(tuple.__new__, CpuidEntry)
+
+
 class Scratch(NamedTuple):
     """A VM with one vCPU that never runs; descriptors, which Kvm.scratch() owns."""
 
     vm: int
     vcpu: int
+
+
+class Capabilities:
+    """What KVM_CHECK_EXTENSION answered, by name: (on /dev/kvm, on a VM); (0, 0) for a capability it lacks.
+
+    A measurement asks for a few dozen of 256, so the answers stay as they came until somebody asks.
+    """
+
+    __slots__ = ("_system", "_vm")
+
+    def __init__(self, answers: Any) -> None:
+        """Copies a struct kvmneg_capabilities."""
+        self._system = _CAPABILITIES.unpack(ffi.buffer(answers.system))
+        self._vm = _CAPABILITIES.unpack(ffi.buffer(answers.vm))
+
+    def get(self, name: str, default: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        """The two answers for one name, `default` for a name no kernel has."""
+        number = _CAPABILITY_NUMBERS.get(name)
+        return default if number is None else (self._system[number], self._vm[number])
+
+    def known(self) -> dict[str, tuple[int, int]]:
+        """Those that did not answer 0 twice."""
+        rows = zip(_CAPABILITY_NAMES, self._system, self._vm, strict=True)
+        return {name: (system, vm) for name, system, vm in rows if system or vm}
 
 
 class Probe(NamedTuple):
@@ -55,7 +85,7 @@ class Probe(NamedTuple):
     and `missing` has the errno with which it said so.
     """
 
-    capabilities: dict[str, tuple[int, int]]
+    capabilities: Capabilities
     supported: list[CpuidEntry]
     emulated: list[CpuidEntry] | None
     hyperv: list[CpuidEntry] | None
@@ -65,17 +95,10 @@ class Probe(NamedTuple):
     missing: dict[str, int]
 
 
-def _capabilities(answers: Any) -> dict[str, tuple[int, int]]:
-    """struct kvmneg_capabilities: name → (on /dev/kvm, on a VM), without those that answered 0 twice."""
-    system = _CAPABILITIES.unpack(ffi.buffer(answers.system))
-    vm = _CAPABILITIES.unpack(ffi.buffer(answers.vm))
-    return {name: (a, b) for name, a, b in zip(_CAPABILITY_NAMES, system, vm, strict=True) if a or b}
-
-
 def _entries(table: Any) -> list[CpuidEntry]:
     """struct kvmneg_cpuid as a list."""
     data = ffi.buffer(table.entries, table.count * _ENTRY.size)
-    return list(map(CpuidEntry._make, _ENTRY.iter_unpack(data)))
+    return list(map(_cpuid_entry, _ENTRY.iter_unpack(data)))
 
 
 def _msrs(table: Any) -> tuple[dict[int, int], tuple[int, ...]]:
@@ -180,7 +203,7 @@ class Kvm:
                 return self.capabilities(own)
         answers = ffi.new("struct kvmneg_capabilities *")
         self._call(lib.kvmneg_get_capabilities, self.fd, scratch.vm, answers)
-        return _capabilities(answers)
+        return Capabilities(answers).known()
 
     def probe(self, scratch: Scratch | None = None) -> Probe:
         """The whole offer of an x86 KVM in one call; with a VM of its own when none is given."""
@@ -270,7 +293,7 @@ def _decode(probe: Any) -> Probe:
         "xcomp_guest_supp": -probe.xcomp_error,
     }
     return Probe(
-        capabilities=_capabilities(probe.capabilities),
+        capabilities=Capabilities(probe.capabilities),
         supported=_entries(probe.supported),
         emulated=_entries(probe.emulated) if probe.emulated else None,
         hyperv=_entries(probe.hyperv) if probe.hyperv else None,

@@ -15,7 +15,7 @@ import subprocess
 import time
 
 from kvmneg import limits
-from kvmneg.errors import KvmnegError
+from kvmneg.errors import VmmFault
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,12 +27,6 @@ BINARY = "qemu-system-x86_64"
 _TYPE = "base-x86_64-cpu"
 _QUIET = ("-S", "-nodefaults", "-no-user-config", "-display", "none", "-serial", "none", "-qmp", "stdio")
 _STATUS_PAUSED = ("prelaunch", "paused")
-
-
-class QemuFault(KvmnegError):
-    """QEMU is missing, does not answer, or does not start."""
-
-    exit_code = 7
 
 
 class Build:
@@ -50,9 +44,9 @@ class Build:
 
     @property
     def machine(self) -> str:
-        """The newest versioned q35 machine type. Raises QemuFault where the build has none."""
+        """The newest versioned q35 machine type. Raises VmmFault where the build has none."""
         if not self.machines:
-            raise QemuFault(f"{self.path} has no versioned q35 machine type", hint="name one with --machine")
+            raise VmmFault(f"{self.path} has no versioned q35 machine type", hint="name one with --machine")
         return self.machines[0]
 
 
@@ -68,7 +62,7 @@ def find(binary: str = BINARY) -> str | None:
 
 
 def probe(path: str, *, timeout: float = limits.QEMU_SECONDS) -> Build:
-    """What a QEMU binary knows, asked with neither guest nor accelerator. Raises QemuFault."""
+    """What a QEMU binary knows, asked with neither guest nor accelerator. Raises VmmFault."""
     with Monitor([path, "-M", "none", "-accel", "tcg", *_QUIET], timeout) as monitor:
         version = monitor.greeting["QMP"]["version"]["qemu"]
         properties = monitor.ask("device-list-properties", typename=_TYPE)
@@ -87,12 +81,12 @@ def _version(machine: str) -> tuple[int, ...]:
 def start_paused(path: str, arguments: Sequence[str], *, timeout: float = limits.QEMU_SECONDS) -> str:
     """Start QEMU paused with these arguments and end it; the run state it answered ("prelaunch").
 
-    Raises QemuFault with what QEMU said where it does not start or is not paused.
+    Raises VmmFault with what QEMU said where it does not start or is not paused.
     """
     with Monitor([path, *arguments, *_QUIET], timeout) as monitor:
         status: str = monitor.ask("query-status")["status"]
     if status not in _STATUS_PAUSED:
-        raise QemuFault(f"{path} started, but is {status}")
+        raise VmmFault(f"{path} started, but is {status}")
     return status
 
 
@@ -111,7 +105,7 @@ class Monitor:
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
         except OSError as error:
-            raise QemuFault(f"cannot start {self._command[0]}: {error.strerror}") from None
+            raise VmmFault(f"cannot start {self._command[0]}: {error.strerror}") from None
         try:
             self.greeting = self._read()
             self.ask("qmp_capabilities")
@@ -126,7 +120,7 @@ class Monitor:
         self._end()
 
     def ask(self, command: str, **arguments: Any) -> Any:
-        """One QMP command's answer. Raises QemuFault where QEMU refuses it, ends, or takes too long."""
+        """One QMP command's answer. Raises VmmFault where QEMU refuses it, ends, or takes too long."""
         assert self._process.stdin
         try:
             self._process.stdin.write(
@@ -140,7 +134,7 @@ class Monitor:
             if "return" in message:
                 return message["return"]
             if "error" in message:
-                raise QemuFault(f"QEMU refuses {command}: {message['error'].get('desc')}")
+                raise VmmFault(f"QEMU refuses {command}: {message['error'].get('desc')}")
 
     def _read(self) -> dict[str, Any]:
         """The next message, events included."""
@@ -149,28 +143,28 @@ class Monitor:
         while b"\n" not in self._buffer:
             left = self._deadline - time.monotonic()
             if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-                raise QemuFault(f"{self._command[0]} did not answer in time")
+                raise VmmFault(f"{self._command[0]} did not answer in time")
             chunk = os.read(descriptor, 65536)
             if not chunk:
                 raise self._ended()
             self._buffer += chunk
             if len(self._buffer) > limits.REPLY_BYTES:
-                raise QemuFault(f"{self._command[0]} does not speak QMP")
+                raise VmmFault(f"{self._command[0]} does not speak QMP")
         line, _, self._buffer = self._buffer.partition(b"\n")
         try:
             message = json.loads(line)
         except ValueError:
             message = None
         if not isinstance(message, dict):
-            raise QemuFault(f"{self._command[0]} does not speak QMP: {line[:80]!r}")
+            raise VmmFault(f"{self._command[0]} does not speak QMP: {line[:80]!r}")
         return message
 
-    def _ended(self) -> QemuFault:
+    def _ended(self) -> VmmFault:
         """QEMU is gone: what it said is the reason."""
         assert self._process.stderr
         self._process.kill()  # it may have closed its streams only
         said = self._process.stderr.read(limits.READ_CHUNK_BYTES).decode("utf-8", "replace").strip()
-        return QemuFault(f"{self._command[0]} does not start: {said or 'it said nothing'}")
+        return VmmFault(f"{self._command[0]} does not start: {said or 'it said nothing'}")
 
     def _end(self) -> None:
         self._process.kill()  # paused and without a guest: nothing is lost

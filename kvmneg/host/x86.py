@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from kvmneg.host.kvm import CpuidEntry, Probe
+    from kvmneg.host.kvm import Capabilities, CpuidEntry, Probe
 
 ARCHITECTURE = words.X86_64
 
@@ -90,7 +90,7 @@ class Decoder:
         _fill(found, self._hyperv, entries)
         return found
 
-    def capabilities(self, answers: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    def capabilities(self, answers: Capabilities | Mapping[str, tuple[int, int]]) -> dict[str, int]:
         """kvm: words that the catalogue has. The VM's answer binds, /dev/kvm's where the VM refuses."""
         found = {}
         for word, name in self._capabilities:

@@ -178,7 +178,7 @@ def binding_mask(granted: FeatureSet, word: str) -> int:
         mask &= ~(granted.value(word) & rule.or_mask)
     for need in catalog.requirements.get(word, ()):
         if need.mask & hidden and not need.met(granted.value(need.base)):
-            mask &= ~need.mask
+            mask &= ~(need.mask & hidden)
     return mask
 
 

@@ -122,7 +122,7 @@ class _Reader:
                 raise self._wrong("names its architecture twice")
             architecture = content.split(None, 1)[1]
             if architecture not in catalogs.available():
-                raise self._wrong(f"no catalogue for architecture {architecture!r}")
+                raise self._wrong(f"no catalogue for architecture {words.brief(architecture)}")
             self.architecture = architecture
             return
         if not self.architecture:
@@ -134,7 +134,8 @@ class _Reader:
         parts = content.split()
         if len(parts) != 2:
             raise self._wrong(
-                f"{content!r} is neither a word with its bits nor a number", "WORD 0b… or WORD.NAME = N"
+                f"{words.brief(content)} is neither a word with its bits nor a number",
+                "WORD 0b… or WORD.NAME = N",
             )
         self._bits(*parts)
 
@@ -146,7 +147,9 @@ class _Reader:
     def _rule(self, word: str) -> WordRules:
         rule = catalogs.load(self.architecture).words.get(word)
         if rule is None:
-            raise self._wrong(f"{word!r} is no word of the catalogue", "`kvmneg features` lists them")
+            raise self._wrong(
+                f"{words.brief(word)} is no word of the catalogue", "`kvmneg features` lists them"
+            )
         return rule
 
     def _bits(self, word: str, text: str) -> None:
@@ -169,12 +172,12 @@ class _Reader:
         rule = self._rule(word)
         feature = catalogs.names(self.architecture).by_name.get(field_name)
         if feature is None or feature.word != word or not feature.mask & rule.judged & ~rule.bits_mask:
-            raise self._wrong(f"{name!r} is no number of the catalogue")
+            raise self._wrong(f"{words.brief(name)} is no number of the catalogue")
         self._once(name)
         try:
             number = int(text, 0)
         except ValueError:
-            raise self._wrong(f"{text!r} is no number") from None
+            raise self._wrong(f"{words.brief(text)} is no number") from None
         if not 0 <= number < 1 << feature.width:
             raise self._wrong(f"{name} is a number of {feature.width} bits")
         self.values[word] = self.values.get(word, 0) | number << feature.shift

@@ -110,14 +110,14 @@ class _Wanted:
         # a request for nothing else is not even asked to start; every other guest must
         needed = self._features(() if request.exact is not None else boot.essential)
         booting, levelled = self._features(boot.require), []
-        if request.level:
+        if request.level is not None:
             levelled = self._features(definitions.level(request.level, architecture))
             needed += booting
         self._by = dict.fromkeys((feature.name for feature in levelled), request.describe())
         self._by |= dict.fromkeys((feature.name for feature in needed), "every guest")
         self._by |= dict.fromkeys((feature.name for feature in asked), "the request")
         self.required = _distinct([*asked, *needed, *levelled])
-        optional = self._features((*request.optional, *(boot.optional if request.level else ())))
+        optional = self._features((*request.optional, *(boot.optional if request.level is not None else ())))
         self.optional = [feature for feature in _distinct(optional) if feature not in self.required]
         for feature in (*self.required, *self.optional):
             _refuse_unaskable(feature, architecture)
@@ -146,15 +146,18 @@ class _Wanted:
         """A request for a feature without the one it is built on is a mistake, not a wish for both."""
         asked = {feature.name for feature in (*self.required, *self.optional)}
         lacking: dict[str, str] = {}  # base → the feature that needs it
-        queue = list(self.required)
+        queue = [(feature, feature.name) for feature in self.required]  # a feature, and what was asked for
+        seen = set(asked)
         while queue:
-            feature = queue.pop(0)
+            feature, wanting = queue.pop(0)
             for name, _least in feature.bases:
                 base = self.names.by_name[name]
                 everything = self.maximum and not base.word.startswith(_ASKED_FOR)
-                if base.is_bit and name not in asked and name not in lacking and not everything:
-                    lacking[name] = feature.name
-                    queue.append(base)
+                if name not in seen and not everything:
+                    seen.add(name)
+                    queue.append((base, name if base.is_bit else wanting))
+                    if base.is_bit:
+                        lacking[name] = wanting
         if lacking:
             base_name, feature_name = next(iter(lacking.items()))
             raise UsageError(

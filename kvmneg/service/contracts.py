@@ -55,4 +55,6 @@ class ContractFiles:
                 try:
                     os.unlink(os.path.join(self.directory, name))
                 except OSError as error:
-                    raise StoreError(f"cannot remove {name} from {self.directory}: {error.strerror}") from None
+                    raise StoreError(
+                        f"cannot remove {name} from {self.directory}: {error.strerror}"
+                    ) from None

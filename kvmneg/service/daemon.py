@@ -20,8 +20,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from kvmneg.service.node import Node
+    from kvmneg.service.node import Measurer, Node
     from kvmneg.service.varlink import Server
+    from kvmneg.service.vmms import VmmLookup
 
 DEFAULT_SOCKET = "/run/kvmneg/org.kvmneg"
 DEFAULT_STATE = "/var/lib/kvmneg"
@@ -48,7 +49,9 @@ def main() -> int:
 def _arguments() -> Namespace:
     from argparse import ArgumentParser
 
-    parser = ArgumentParser("kvmnegd", description="negotiates what virtual machines may see of this host's KVM")
+    parser = ArgumentParser(
+        "kvmnegd", description="negotiates what virtual machines may see of this host's KVM"
+    )
     parser.add_argument("--version", action="version", version=f"kvmnegd {__version__}")
     parser.add_argument(
         "--socket", metavar="PATH", help=f"serve here ({DEFAULT_SOCKET}); an inherited socket comes first"
@@ -63,70 +66,81 @@ def _arguments() -> Namespace:
 
 def serve(arguments: Namespace) -> None:
     """Serve until SIGTERM or SIGINT. Raises UsageError, StoreError, BadInput."""
-    listener, path = _listener(arguments.socket)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)  # until there is a loop to end
+    inherited = systemd.inherited_listener()
+    path = str(inherited.getsockname()) if inherited else arguments.socket or DEFAULT_SOCKET
+    listener = inherited or _listener(path)
     try:
-        from kvmneg.policy.fence import Fence
-        from kvmneg.service.contracts import ContractFiles
-        from kvmneg.service.node import Node
-        from kvmneg.service.router import Router
-        from kvmneg.service.varlink import Server
-        from kvmneg.store.sqlite import SqliteStore
-
-        with SqliteStore(arguments.state, verify=lambda text: Fence.parse(text).digest) as store:
-            files = ContractFiles(os.path.join(os.path.dirname(path) or ".", "contracts"))
-            lookup = None
-            if arguments.report:
-                from kvmneg.service.recorded import RecordedMeasurer
-
-                node = Node(store, RecordedMeasurer(arguments.report), files)
-            else:
-                from kvmneg.host.measure import Measurer
-                from kvmneg.service.vmms import VmmLookup
-
-                measurer = Measurer(arguments.kvm)
-                lookup = VmmLookup(arguments.state, measurer)
-                node = Node(store, measurer, files)
-            router = Router(node)
-            server = Server(listener, router)
-            router.attach(server)
-            server.on_internal_error = _print_internal_error
-            server.on_trouble = _print_trouble
-            _schedule(server, node)
-            node.changed.append(lambda: _tell_systemd(node))
-            _announce(node)
-            if lookup:
-                lookup.start(server, node)
-            server.run()
-            systemd.stopping()
+        _serve_on(listener, path, arguments)
     finally:
         listener.close()
-        if arguments.socket and path == arguments.socket:
+        if not inherited:
             _unlink(path)
 
 
-def _listener(path: str | None) -> tuple[socket.socket, str]:
-    """The socket to serve on, and its path. One inherited from systemd comes first. Raises UsageError."""
-    inherited = systemd.inherited_listener()
-    if inherited is not None:
-        return inherited, str(inherited.getsockname())
-    path = path or DEFAULT_SOCKET
+def _serve_on(listener: socket.socket, path: str, arguments: Namespace) -> None:
+    from kvmneg.policy.fence import Fence
+    from kvmneg.service.contracts import ContractFiles
+    from kvmneg.service.node import Node
+    from kvmneg.service.router import Router
+    from kvmneg.service.varlink import Server
+    from kvmneg.store.sqlite import SqliteStore
+
+    with SqliteStore(arguments.state, verify=lambda text: Fence.parse(text).digest) as store:
+        measurer, lookup = _measurer(arguments)
+        node = Node(store, measurer, ContractFiles(os.path.join(os.path.dirname(path) or ".", "contracts")))
+        router = Router(node)
+        server = Server(listener, router)
+        router.attach(server)
+        server.on_internal_error = _print_internal_error
+        server.on_trouble = _print_trouble
+        _schedule(server, node)
+        node.changed.append(lambda: _tell_systemd(node))
+        _announce(node)
+        if lookup:
+            lookup.start(server, node)
+        server.run()
+        systemd.stopping()
+
+
+def _measurer(arguments: Namespace) -> tuple[Measurer, VmmLookup | None]:
+    """What measures: this host, with a look for its VMM builds, or a recorded report."""
+    if arguments.report:
+        from kvmneg.service.recorded import RecordedMeasurer
+
+        return RecordedMeasurer(arguments.report), None
+    from kvmneg.host.measure import Measurer as HostMeasurer
+    from kvmneg.service.vmms import VmmLookup
+
+    measurer = HostMeasurer(arguments.kvm)
+    return measurer, VmmLookup(arguments.state, measurer)
+
+
+def _listener(path: str) -> socket.socket:
+    """A socket that listens on `path`. Raises UsageError, StoreError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    temporary = f"{path}.{os.getpid()}"
     try:
         _clear(path)
         if os.path.dirname(path):
             os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
-        listener.bind(path)
-        os.chmod(path, 0o666)  # every user's VMM may ask; who may pin is judged by the peer's credentials
+        listener.bind(temporary)
+        os.chmod(
+            temporary, 0o666
+        )  # every user's VMM may ask; who may pin is judged by the peer's credentials
         listener.listen(limits.CONNECTIONS)
+        os.rename(temporary, path)  # whoever sees the path can connect to it
     except OSError as error:
         listener.close()
+        _unlink(temporary)
         raise UsageError(
             f"cannot serve on {path}: {error.strerror or error}", hint="name another socket with --socket"
         ) from None
     except BaseException:
         listener.close()
         raise
-    return listener, path
+    return listener
 
 
 def _clear(path: str) -> None:
@@ -139,7 +153,9 @@ def _clear(path: str) -> None:
         except ConnectionRefusedError:
             os.unlink(path)  # left behind by a daemon that was killed
             return
-    raise StoreError(f"another kvmnegd serves on {path}", hint="stop it, or name another socket with --socket")
+    raise StoreError(
+        f"another kvmnegd serves on {path}", hint="stop it, or name another socket with --socket"
+    )
 
 
 def _schedule(server: Server, node: Node) -> None:
@@ -169,6 +185,10 @@ def _trouble_of(node: Node) -> str:
 def _status(node: Node) -> str:
     fence = f"fence {node.fence.digest[:19]}" if node.fence else "no fence"
     return f"{node.state}, generation {node.generation}, {fence}"
+
+
+def _leave(*_: object) -> None:
+    raise SystemExit(0)
 
 
 def _watchdog() -> None:

@@ -71,7 +71,12 @@ class Interfaces:
     def _get_host(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
         node = self._node
         fence = {"generation": node.fence.generation, "digest": node.fence.digest} if node.fence else None
-        return {"host": node.report.to_json(), "generation": node.generation, "state": node.state, "fence": fence}
+        return {
+            "host": node.report.to_json(),
+            "generation": node.generation,
+            "state": node.state,
+            "fence": fence,
+        }
 
     def _negotiate(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
         answer = self._node.negotiate(Request.from_json(parameters["request"]))

@@ -83,9 +83,15 @@ class Loop:
         except Exception as error:
             self.report(error)
 
+    def _call_back(self, descriptors: list[int]) -> None:
+        """Those of the descriptors that are (still) watched have something to read."""
+        for fd in descriptors:
+            if fd in self._watched:
+                self.guarded(self._watched[fd])
+
     def report(self, error: BaseException) -> None:
         """Hand a fault of ours to whoever logs."""
         try:
             self.on_internal_error(error)
-        except Exception:  # noqa: S110 - the log itself is broken: go on serving
-            pass
+        except Exception:
+            pass  # the log itself is broken: go on serving

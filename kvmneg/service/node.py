@@ -153,7 +153,9 @@ class Node:
         top = negotiation.ceiling(self.report, self._fence)
         blockers = fits(contract.granted, top, missing_on=f"host {self.report.host}")
         if blockers:
-            raise StaleOffer("the host changed since the offer", hint="negotiate again", generation=self.generation)
+            raise StaleOffer(
+                "the host changed since the offer", hint="negotiate again", generation=self.generation
+            )
         deadline = self._wall() + limits.GRANT_UNSTARTED_SECONDS
         wanted = Grant(vm, digits, generation, peer.uid, peer.pid, now(), deadline, "begun")
         granted = self.store.begin(wanted, contract.binary())
@@ -173,7 +175,9 @@ class Node:
     def _own(self, vm: str, peer: Peer, admin: bool) -> None:
         held = self.store.grant(vm)
         if held is None:
-            raise UsageError(f"VM {vm} holds no contract", hint="it was ended, or expired before it was started")
+            raise UsageError(
+                f"VM {vm} holds no contract", hint="it was ended, or expired before it was started"
+            )
         if held.uid != peer.uid and not admin:
             raise NotPermitted(f"VM {vm} belongs to uid {held.uid}", hint="ask as that user or as an admin")
 
@@ -215,7 +219,9 @@ class Node:
             raise UsageError("pin needs either a source or a text")
         granted = Fence.parse(text).granted if text is not None else pinning.source(source or "", self.report)
         if granted.architecture != self.report.architecture:
-            raise UsageError(f"the fence is of {granted.architecture}, this host is {self.report.architecture}")
+            raise UsageError(
+                f"the fence is of {granted.architecture}, this host is {self.report.architecture}"
+            )
         fence = Fence(pinning.to_pin(granted, self.report))
         row = self.store.pin(fence.text(), fence.digest, expected_generation=expected, audit=audit)
         self._moved(_fence_of(row), row.generation)

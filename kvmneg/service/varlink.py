@@ -116,7 +116,7 @@ class Server(Loop):
     def run(self) -> None:
         """Serve until stopped; then every connection is closed."""
         poll, clock, chunk = self.epoll.poll, self.clock, self._limits.READ_CHUNK_BYTES
-        connections, watched, cached = self._connections, self._watched, self._dispatch.cached
+        connections, cached = self._connections, self._dispatch.cached
         while not self._stopping:
             happened = poll(0.0 if self._backlog else max(0.0, self._due - clock()), _EVENTS_PER_TURN)
             if clock() >= self._due:
@@ -147,9 +147,7 @@ class Server(Loop):
                 if sent != len(reply):
                     self.transmit(connection, memoryview(reply)[sent:])
             # After the connections: accepting reuses numbers that events of this turn may still mean.
-            for fd in side:
-                if fd in watched:
-                    self.guarded(watched[fd])
+            self._call_back(side)
             if self._backlog:
                 self._work_off()
         self._finish()

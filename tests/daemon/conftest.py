@@ -34,7 +34,16 @@ class Daemon:
         self.process: subprocess.Popen[bytes] | None = None
 
     def command(self, *wrapped: str) -> list[str]:
-        program = [sys.executable, "-P", "-m", "kvmneg.service.daemon", "--socket", self.socket, "--state", self.state]
+        program = [
+            sys.executable,
+            "-P",
+            "-m",
+            "kvmneg.service.daemon",
+            "--socket",
+            self.socket,
+            "--state",
+            self.state,
+        ]
         return [*wrapped, *program, *self.options]
 
     def start(self, *wrapped: str) -> Daemon:

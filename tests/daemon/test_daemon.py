@@ -323,7 +323,9 @@ def test_a_full_disk_while_pinning(make_daemon: Callable[..., Daemon], tmp_path:
         assert other.fence_get()["digest"] == pinned["digest"]
         assert other.negotiate({"max": True})["generation"] == pinned["generation"]
         filler.unlink()
-        assert client.fence_pin("room again", source="level:x86-64-v1")["generation"] == pinned["generation"] + 1
+        assert (
+            client.fence_pin("room again", source="level:x86-64-v1")["generation"] == pinned["generation"] + 1
+        )
 
 
 def test_a_damaged_report_file_is_refused(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
@@ -367,19 +369,33 @@ def test_socket_activation(make_daemon: Callable[..., Daemon]) -> None:
         listener.bind(str(path))
         listener.listen()
         os.set_inheritable(listener.fileno(), True)
-        command = [sys.executable, "-P", "-m", "kvmneg.service.daemon", "--state", daemon.state, *daemon.options]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "kvmneg.service.daemon",
+            "--state",
+            daemon.state,
+            *daemon.options,
+        ]
         shell = f'exec 3<&{listener.fileno()}; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
-        daemon.process = subprocess.Popen(["/bin/bash", "-c", shell, "bash", *command], pass_fds=(listener.fileno(),))
+        daemon.process = subprocess.Popen(
+            ["/bin/bash", "-c", shell, "bash", *command], pass_fds=(listener.fileno(),)
+        )
         with daemon.client() as client:
             assert client.get_host()["state"] == "floating"
         assert daemon.end() == 0
         assert path.exists()
-        daemon.process = subprocess.Popen(["/bin/bash", "-c", shell, "bash", *command], pass_fds=(listener.fileno(),))
+        daemon.process = subprocess.Popen(
+            ["/bin/bash", "-c", shell, "bash", *command], pass_fds=(listener.fileno(),)
+        )
         with daemon.client() as client:
             assert client.get_host()["state"] == "floating"
 
 
-def test_notifies_systemd(make_daemon: Callable[..., Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notifies_systemd(
+    make_daemon: Callable[..., Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """READY=1 only after the first measurement, STATUS with the generation, WATCHDOG, STOPPING."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
@@ -414,5 +430,7 @@ def test_vmm_builds_are_found_and_never_waited_for(
         known = client.get_host()["host"]["combo"].get("vmms", [])
         assert "9.8.7" not in {build["version"] for build in known}
         events = watching.watch()
-        while "9.8.7" not in {build["version"] for build in client.get_host()["host"]["combo"].get("vmms", [])}:
+        while "9.8.7" not in {
+            build["version"] for build in client.get_host()["host"]["combo"].get("vmms", [])
+        }:
             next(events)

@@ -226,7 +226,9 @@ def test_replies_get_old_with_the_inputs(node: Node, host: Host) -> None:
     """After VOLATILE_SECONDS the host is looked at before anything is given out."""
     now = 100.0
     timers: list[Any] = []
-    server = SimpleNamespace(clock=lambda: now, after=lambda seconds, callback: timers.append((now + seconds, callback)))
+    server = SimpleNamespace(
+        clock=lambda: now, after=lambda seconds, callback: timers.append((now + seconds, callback))
+    )
     router = Router(node)
     router.attach(cast("Any", server))
     call = b'{"method":"org.kvmneg.GetHost"}\0'

@@ -47,7 +47,11 @@ class Wire:
         self.socket.sendall(data)
 
     def call(self, method: str, parameters: Any = None, **flags: Any) -> None:
-        message = {"method": method, **({"parameters": parameters} if parameters is not None else {}), **flags}
+        message = {
+            "method": method,
+            **({"parameters": parameters} if parameters is not None else {}),
+            **flags,
+        }
         self.send(json.dumps(message).encode() + b"\0")
 
     def read(self) -> dict[str, Any]:
@@ -125,6 +129,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
         thread.join(TIMEOUT)
         served.close()
         listener.close()
+        served.toy.memory.close()
         assert not thread.is_alive()
         assert not served.toy.internal  # a test that expects faults takes them with faults()
 

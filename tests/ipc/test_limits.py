@@ -120,7 +120,9 @@ def test_connections_per_uid(serve):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: to be another user for one connection")
 def test_connections_per_uid_are_each_users_own(serve):
-    served = serve(path=f"\0kvmneg-test-{os.getpid()}", CONNECTIONS_PER_UID=1)  # abstract: no directory to enter
+    served = serve(
+        path=f"\0kvmneg-test-{os.getpid()}", CONNECTIONS_PER_UID=1
+    )  # abstract: no directory to enter
     assert served.connect().ask("org.example.toy.Count") == {"parameters": {"count": 1}}
     assert refused(served.connect(), "CONNECTIONS_PER_UID")
     wires = []

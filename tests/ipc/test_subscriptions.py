@@ -6,7 +6,10 @@ from __future__ import annotations
 
 def watch(served):
     wire = served.connect()
-    assert wire.ask("org.example.toy.Watch", more=True) == {"parameters": {"text": "first"}, "continues": True}
+    assert wire.ask("org.example.toy.Watch", more=True) == {
+        "parameters": {"text": "first"},
+        "continues": True,
+    }
     return wire
 
 

@@ -16,7 +16,14 @@ from kvmneg.service import systemd
 
 @pytest.fixture(autouse=True)
 def no_systemd(monkeypatch):
-    for name in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"):
+    for name in (
+        "NOTIFY_SOCKET",
+        "LISTEN_FDS",
+        "LISTEN_PID",
+        "LISTEN_FDNAMES",
+        "WATCHDOG_USEC",
+        "WATCHDOG_PID",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -117,7 +124,8 @@ def test_one_inherited_listener_has_any_name(listener, names):
 
 
 def test_of_several_the_one_named_varlink(listener):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, activate([other, listener], "other:varlink") as process:
+    other = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with other, activate([other, listener], "other:varlink") as process:
         assert talk(listener.getsockname()) == b"hello"
         assert process.stdout and process.stdout.read() == "4\n"
     assert process.returncode == 0

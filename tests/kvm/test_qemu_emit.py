@@ -4,11 +4,11 @@
 import pytest
 
 from kvmneg.emit import qemu
-from kvmneg.errors import Blocked
+from kvmneg.errors import Blocked, VmmFault
 from kvmneg.features.report import Report
 from kvmneg.host import qemu_probe
 from kvmneg.host.measure import measure
-from kvmneg.host.qemu_probe import Build, QemuFault
+from kvmneg.host.qemu_probe import Build
 from kvmneg.policy.negotiation import negotiate
 from kvmneg.policy.request import Request
 
@@ -54,7 +54,7 @@ def test_qemu_refuses_what_the_host_does_not_offer(build: Build, report: Report)
         if name in build.properties and not report.offer.field(name)
     ]
     assert lacking, "no CPU has all of them"
-    with pytest.raises(QemuFault, match="doesn't support requested feature"):
+    with pytest.raises(VmmFault, match="doesn't support requested feature"):
         qemu_probe.start_paused(
             build.path,
             ["-accel", "kvm", "-machine", build.machine, "-cpu", f"base,{lacking[0]}=on,enforce=on"],
@@ -62,12 +62,12 @@ def test_qemu_refuses_what_the_host_does_not_offer(build: Build, report: Report)
 
 
 def test_a_program_that_is_no_qemu_is_told_from_one(tmp_path: object) -> None:
-    with pytest.raises(QemuFault, match="does not start"):
+    with pytest.raises(VmmFault, match="does not start"):
         qemu_probe.probe("/bin/false")
 
 
 def test_a_missing_program_is_named() -> None:
-    with pytest.raises(QemuFault, match="cannot start /nonexistent"):
+    with pytest.raises(VmmFault, match="cannot start /nonexistent"):
         qemu_probe.probe("/nonexistent")
 
 
@@ -75,7 +75,7 @@ def test_a_silent_program_is_not_waited_for(tmp_path) -> None:  # type: ignore[n
     program = tmp_path / "silent"
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     program.chmod(0o755)
-    with pytest.raises(QemuFault, match="in time"):
+    with pytest.raises(VmmFault, match="in time"):
         qemu_probe.probe(str(program), timeout=0.2)
 
 
@@ -83,5 +83,5 @@ def test_what_does_not_speak_qmp_is_named(tmp_path) -> None:  # type: ignore[no-
     program = tmp_path / "chatty"
     program.write_text("#!/bin/sh\necho hello\nexec sleep 60\n")
     program.chmod(0o755)
-    with pytest.raises(QemuFault, match="does not speak QMP"):
+    with pytest.raises(VmmFault, match="does not speak QMP"):
         qemu_probe.probe(str(program), timeout=5)

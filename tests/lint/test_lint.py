@@ -40,7 +40,10 @@ def test_mypy(tmp_path: Path) -> None:
 
 
 def test_codespell() -> None:
-    run("codespell", *tracked("*.py", "*.c", "*.h", "*.md", "*.scd", "*.toml", "*.varlink", "Makefile", "*.sh"))
+    run(
+        "codespell",
+        *tracked("*.py", "*.c", "*.h", "*.md", "*.scd", "*.toml", "*.varlink", "Makefile", "*.sh"),
+    )
 
 
 def test_shellcheck() -> None:
@@ -60,10 +63,13 @@ def test_gcc_analyzer(compiler: str, source: str, tmp_path: Path) -> None:
 
 def test_every_file_has_a_licence_line() -> None:
     """SPDX in the first three lines of every source, script and table."""
-    sources = tracked("*.py", "*.c", "*.h", "*.sh", "*.toml", "*.varlink", "*.scd", "Makefile", "*.map", "*meson.build")
+    sources = tracked(
+        "*.py", "*.c", "*.h", "*.sh", "*.toml", "*.varlink", "*.scd", "Makefile", "*.map", "*meson.build"
+    )
     without = [
         name
         for name in sources
-        if "SPDX-License-Identifier: " not in "".join((TOP / name).read_text("utf-8").splitlines(keepends=True)[:3])
+        if "SPDX-License-Identifier: "
+        not in "".join((TOP / name).read_text("utf-8").splitlines(keepends=True)[:3])
     ]
     assert not without

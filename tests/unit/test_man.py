@@ -68,7 +68,10 @@ def test_every_option_on_the_page_exists() -> None:
 
 def test_every_option_of_the_daemon_is_on_its_page() -> None:
     shown = subprocess.run(
-        [sys.executable, "-P", "-m", "kvmneg.service.daemon", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-m", "kvmneg.service.daemon", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     found = set(re.findall(r"(?<!\S)(--[a-z-]+)", shown))
     assert "--socket" in found

@@ -7,7 +7,9 @@ import. Merging needs only masks and rules; names are loaded when somebody asks 
 
 from __future__ import annotations
 
+from functools import reduce
 from importlib import import_module
+from typing import NamedTuple
 
 from kvmneg.errors import UsageError
 from kvmneg.features import rules
@@ -67,24 +69,32 @@ class WordRules:
             self.bottom |= field.bottom << field.shift
 
 
-class Requirement:
-    """`word` & `mask` needs the field of `base` at `shift` to be `least` or more (0: an or-field clear)."""
+class Requirement(NamedTuple):
+    """`mask` of a word needs `field` of `base` to be `least` or more (0: an or-field clear).
 
-    __slots__ = ("base", "base_mask", "bottom", "least", "mask", "shift", "word")
+    `field` is a mask and `least` stands at its place, so that a test is one operation. A tuple, because closing
+    unpacks hundreds of them for each set.
+    """
 
-    def __init__(self, row: tuple[str, int, str, int, int, int], bottom: int) -> None:
-        self.word, self.mask, self.base, self.shift, self.base_mask, self.least = row
-        self.bottom = bottom & self.mask
+    mask: int
+    bottom: int
+    base: str
+    base_bottom: int
+    field: int
+    least: int
 
     def met(self, base_value: int) -> bool:
-        field = base_value >> self.shift & self.base_mask
-        return field >= self.least if self.least else not field
+        value = base_value & self.field
+        return value >= self.least if self.least else not value
 
 
 class Catalog:
     """The rules of one architecture: words by address, whole leaves, dependencies, constants."""
 
-    __slots__ = ("architecture", "equal_words", "leaves", "policy", "requirements", "words")
+    __slots__ = (
+        "architecture", "built_on", "dependents", "equal_words", "leaves", "policy", "raised_bottoms",
+        "requirements", "words",
+    )  # fmt: skip
 
     def __init__(self, architecture: str) -> None:
         if architecture not in available():
@@ -95,6 +105,7 @@ class Catalog:
         tables = import_module(f"{__name__}._{architecture}")
         self.architecture = architecture
         self.words = {row[0]: WordRules(row) for row in tables.WORDS}
+        self.raised_bottoms = frozenset(word for word, rule in self.words.items() if rule.bottom)
         # a must-be-equal field is a word of its own (compile.py sees to it)
         self.equal_words = tuple(
             word
@@ -104,9 +115,21 @@ class Catalog:
         self.leaves: dict[str, str] = tables.LEAVES
         # by the word that needs; as far as there is no circle, words come after the words they are built on
         needs: dict[str, list[Requirement]] = {}
-        for row in tables.REQUIRES:
-            needs.setdefault(row[0], []).append(Requirement(row, self.words[row[0]].bottom))
+        for word, mask, base, field, least in tables.REQUIRES:
+            bottoms = self.words[word].bottom & mask, self.words[base].bottom
+            needs.setdefault(word, []).append(Requirement(mask, bottoms[0], base, bottoms[1], field, least))
         self.requirements = {word: tuple(rows) for word, rows in needs.items()}
+        # the bits of a word that need something, and their bottom: often a set has none of them
+        self.dependents: dict[str, tuple[int, int]] = {}
+        for word, rows in self.requirements.items():
+            every = reduce(int.__or__, (need.mask for need in rows))
+            self.dependents[word] = every, every & self.words[word].bottom
+        # what there is to close when a word changed: the words with a need of it
+        built_on: dict[str, dict[str, None]] = {}
+        for word, rows in self.requirements.items():
+            for need in rows:
+                built_on.setdefault(need.base, {})[word] = None
+        self.built_on = {base: tuple(built) for base, built in built_on.items()}
         # (word, mask, value) of the constants that every guest gets
         self.policy: tuple[tuple[str, int, int], ...] = tables.POLICY
 

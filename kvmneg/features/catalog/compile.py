@@ -170,9 +170,7 @@ class Tables:
         if bool(match["absent"]) != (base.rule == rules.OR):
             raise CatalogError(f"{name} requires {text!r}: write ! before an or-feature, and only there")
         if base.rule in _NO_BASE or (match["least"] and base.rule != rules.MINIMUM):
-            raise CatalogError(
-                f"{name} requires {text!r}: less of {base.name} may be more, or it is never merged"
-            )
+            raise CatalogError(f"{name} requires {text!r}: {base.name} ({base.rule}) cannot be built on")
         return base, 0 if match["absent"] else int(match["least"] or "1", 0)
 
 
@@ -209,14 +207,14 @@ def merging(tables: Tables) -> str:
         for feature in tables.features.values()
         if feature.rule == rules.POLICY
     ]
-    requires = [
-        (feature.word, feature.mask, base.word, base.shift, (1 << base.width) - 1, least)
-        for feature in _bases_first(tables)
-        if feature.rule not in rules.UNMERGED
-        for base, least in (
-            tables.requirement(feature.name, text) for text in feature.row.get("requires", ())
-        )
-    ]
+    # one row for all features of a word that need the same: closing costs by the row
+    needs: dict[tuple[str, str, int, int], int] = {}
+    for feature in _bases_first(tables):
+        for text in feature.row.get("requires", ()) if feature.rule not in rules.UNMERGED else ():
+            base, least = tables.requirement(feature.name, text)
+            key = (feature.word, base.word, base.mask, least << base.shift)
+            needs[key] = needs.get(key, 0) | feature.mask
+    requires = [(word, mask, *rest) for (word, *rest), mask in needs.items()]
     leaves = {leaf: rule for leaf, (rule, _why) in tables.leaves.items()}
     return _module({"WORDS": words, "LEAVES": leaves, "REQUIRES": requires, "POLICY": policy})
 
