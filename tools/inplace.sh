@@ -18,9 +18,13 @@ else
     meson setup build
 fi
 # The extension first: it is of use even while a table of the catalogue is being edited and does not compile.
+# New files under the old names: writing into an extension that a process has mapped would crash it.
+put() { cp -p "$1" "$2/.$(basename "$1")" && mv "$2/.$(basename "$1")" "$2/$(basename "$1")"; }
 ninja -C build "kvmneg/$(basename build/kvmneg/_libkvmneg*.so.p .p)"
-cp -p build/kvmneg/_libkvmneg*.so kvmneg/
+for extension in build/kvmneg/_libkvmneg*.so; do
+    put "$extension" kvmneg
+done
 ninja -C build
 for module in build/kvmneg/_x86_64.py build/kvmneg/_x86_64_names.py; do
-    [ ! -f "$module" ] || cp -p "$module" kvmneg/features/catalog/
+    put "$module" kvmneg/features/catalog
 done

@@ -5,8 +5,8 @@
 set -euo pipefail
 
 case $(dpkg --print-architecture 2>/dev/null || true) in
-    amd64) qemu=qemu-system-x86 ;;
-    arm64) qemu=qemu-system-arm ;;
+    amd64) qemu='qemu-system-x86' ;;
+    arm64) qemu='qemu-system-arm' ;;
     *) echo "kvmneg is set up on Debian 12 or 13, amd64 or arm64; elsewhere install the packages of $0 by hand." >&2; exit 0 ;;
 esac
 # python3-dev, gcc: the extension; libsystemd-dev, pkg-config: systemd-python, which PyPI has as source only

@@ -106,6 +106,10 @@ class _Wanted:
         self.maximum = request.maximum
         self.withheld = [feature for feature in self.names.by_name.values() if feature.withheld]
         self.carry = self._features(boot.carry)
+        self.at_most = [
+            (self.names.feature(number), most, self.names.feature(unless))
+            for number, most, unless in boot.at_most
+        ]
         asked = self._features((*request.require, *(request.exact or ())))
         # a request for nothing else is not even asked to start; every other guest must
         needed = self._features(() if request.exact is not None else boot.essential)
@@ -212,4 +216,7 @@ def _select(wanted: _Wanted, top: FeatureSet) -> FeatureSet:
         for field in rule.fields:
             if not given >> field.shift & field.mask:
                 values[word] |= field.bottom << field.shift
+    for number, most, feature in wanted.at_most:
+        if not feature.of(values[feature.word]) and number.of(values[number.word]) > most:
+            values[number.word] = values[number.word] & ~number.mask | most << number.shift
     return FeatureSet.of(top.architecture, values)

@@ -24,7 +24,6 @@ from kvmneg.errors import (
     KvmnegError,
     LimitExceeded,
     NoSuchContract,
-    NotPermitted,
     NotPinned,
     StaleOffer,
     StoreError,

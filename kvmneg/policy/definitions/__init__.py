@@ -41,9 +41,12 @@ def _load(kind: str, name: str) -> dict[str, Any]:
 
 
 class Boot:
-    """What a guest starts with: features required and optional, numbers carried, and the essential ones."""
+    """What a guest starts with: features required and optional, numbers carried, and the essential ones.
 
-    __slots__ = ("carry", "essential", "optional", "require")
+    `at_most`: (number, value, feature): the number is that value or less in a guest without the feature.
+    """
+
+    __slots__ = ("at_most", "carry", "essential", "optional", "require")
 
     def __init__(self, architecture: str) -> None:
         table = _load("boot", architecture)
@@ -51,6 +54,7 @@ class Boot:
         self.optional: tuple[str, ...] = tuple(table["optional"])
         self.carry: tuple[str, ...] = tuple(table["carry"])
         self.essential: tuple[str, ...] = tuple(table["essential"])
+        self.at_most = tuple((row["number"], row["value"], row["unless"]) for row in table.get("at-most", ()))
 
 
 def level(name: str, architecture: str) -> tuple[str, ...]:
