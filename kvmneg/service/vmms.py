@@ -31,7 +31,7 @@ class VmmLookup:
         try:
             child = os.posix_spawn(
                 sys.executable,
-                [sys.executable, "-c", _PROGRAM, self._cache],
+                [sys.executable, "-P", "-c", _PROGRAM, self._cache],
                 os.environ,
                 file_actions=[(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, null, 1)],
             )

@@ -58,7 +58,7 @@ try:
 except KvmnegError as error:
     print(json.dumps({"error": type(error).__name__}))
 """
-    command = [sys.executable, "-c", program, str(uid), daemon.socket, method, json.dumps(parameters)]
+    command = [sys.executable, "-P", "-c", program, str(uid), daemon.socket, method, json.dumps(parameters)]
     reply: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return reply
 

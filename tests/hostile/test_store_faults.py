@@ -71,7 +71,7 @@ def pin(store: SqliteStore, text: str) -> int:
 
 
 def spawn(script: str, directory: Path | str, *, before: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-    command = [*before, sys.executable, "-c", COMMON + script, str(directory)]
+    command = [*before, sys.executable, "-P", "-c", COMMON + script, str(directory)]
     pipe = subprocess.PIPE
     # unbuffered: communicate() does not see what a readline() before it has read ahead
     return subprocess.Popen(command, bufsize=0, stdout=pipe, stderr=pipe, env=ENVIRONMENT)

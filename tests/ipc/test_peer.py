@@ -36,7 +36,7 @@ def accepted(tmp_path):
 
     def start(groups: list[int]) -> tuple[subprocess.Popen[bytes], socket.socket]:
         arguments = [str(tmp_path / "socket"), ",".join(map(str, groups))]
-        process = subprocess.Popen([sys.executable, "-c", CHILD, *arguments])
+        process = subprocess.Popen([sys.executable, "-P", "-c", CHILD, *arguments])
         connection, _ = listener.accept()
         started.append((process, connection))
         return process, connection

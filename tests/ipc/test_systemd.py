@@ -34,7 +34,9 @@ def test_without_systemd_nothing_happens_and_nothing_is_imported():
         "assert s.inherited_listener() is None and s.watchdog_seconds() is None;"
         "assert 'systemd' not in sys.modules and 'systemd.daemon' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": os.pathsep.join(sys.path)})
+    subprocess.run(
+        [sys.executable, "-P", "-c", program], check=True, env={"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
 
 
 def test_what_is_notified(tmp_path, monkeypatch):
@@ -93,7 +95,7 @@ def activate(descriptors: list[socket.socket], names: str | None) -> subprocess.
         environment["LISTEN_FDNAMES"] = names
     numbers = [descriptor.fileno() for descriptor in descriptors]
     return subprocess.Popen(
-        [sys.executable, "-c", ACTIVATED, *map(str, numbers)],
+        [sys.executable, "-P", "-c", ACTIVATED, *map(str, numbers)],
         env=environment, pass_fds=numbers, text=True, stdout=-1, stderr=-1,
     )  # fmt: skip
 

@@ -567,7 +567,9 @@ def test_host_json_imports_nothing_heavy(plain: str) -> None:
         "print(sorted(set(sys.modules) & {'dataclasses', 'inspect', 'asyncio', 'logging', 'pathlib', 'hashlib', "
         "'tomllib', 'subprocess', 'shutil', 'textwrap', 'kvmneg.features.catalog._x86_64_names'}), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, plain], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, plain], capture_output=True, text=True, check=True
+    )
     assert done.stderr == "[]\n"
 
 

@@ -130,7 +130,7 @@ def test_open_forbidden(tmp_path: Path) -> None:
     )
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code, node], capture_output=True, text=True, check=True
+            [sys.executable, "-P", "-c", code, node], capture_output=True, text=True, check=True
         ).stdout
     finally:
         node.unlink()

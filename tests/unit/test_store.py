@@ -99,7 +99,7 @@ def test_the_lock_names_its_holder_and_goes_with_it(store: SqliteStore, state: s
 
 def test_the_lock_is_not_inherited_by_programs_the_daemon_runs(store: SqliteStore, state: str) -> None:
     # Inherited, it would outlive the daemon for as long as such a program runs.
-    program = [sys.executable, "-c", "print(flush=True); input()"]
+    program = [sys.executable, "-P", "-c", "print(flush=True); input()"]
     child = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False)
     try:
         assert child.stdout is not None
