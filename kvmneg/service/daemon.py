@@ -11,28 +11,27 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 
-from kvmneg import __version__, limits
+from kvmneg import limits
 from kvmneg.errors import KvmnegError, StoreError, UsageError
-from kvmneg.service import systemd
+from kvmneg.service import options, systemd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from argparse import Namespace
-
     from kvmneg.service.node import Measurer, Node
+    from kvmneg.service.options import Options
     from kvmneg.service.varlink import Server
     from kvmneg.service.vmms import VmmLookup
 
-DEFAULT_SOCKET = "/run/kvmneg/org.kvmneg"
-DEFAULT_STATE = "/var/lib/kvmneg"
 _EXPIRY_SECONDS = 30.0
+_LOOKUP_SECONDS = 0.5
 
 
 def main() -> int:
     """The entry point: exit status as in kvmneg(1)."""
     try:
-        serve(_arguments())
+        serve(options.parse(sys.argv[1:]))
     except KvmnegError as error:
         sys.stderr.write(f"kvmnegd: {error}\n")
         return error.exit_code
@@ -46,30 +45,12 @@ def main() -> int:
     return 0
 
 
-def _arguments() -> Namespace:
-    from argparse import ArgumentParser
-
-    parser = ArgumentParser(
-        "kvmnegd", description="negotiates what virtual machines may see of this host's KVM"
-    )
-    parser.add_argument("--version", action="version", version=f"kvmnegd {__version__}")
-    parser.add_argument(
-        "--socket", metavar="PATH", help=f"serve here ({DEFAULT_SOCKET}); an inherited socket comes first"
-    )
-    parser.add_argument(
-        "--state", metavar="DIR", default=DEFAULT_STATE, help="keep fence and grants here (%(default)s)"
-    )
-    parser.add_argument("--kvm", metavar="PATH", default="/dev/kvm", help="measure this KVM (%(default)s)")
-    parser.add_argument("--report", metavar="FILE", help="serve a recorded report and measure nothing")
-    return parser.parse_args()
-
-
-def serve(arguments: Namespace) -> None:
+def serve(arguments: Options) -> None:
     """Serve until SIGTERM or SIGINT. Raises UsageError, StoreError, BadInput."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until there is a loop to end
     inherited = systemd.inherited_listener()
-    path = str(inherited.getsockname()) if inherited else arguments.socket or DEFAULT_SOCKET
+    path = str(inherited.getsockname()) if inherited else arguments.socket
     listener = inherited or _listener(path)
     try:
         _serve_on(listener, path, arguments)
@@ -79,7 +60,7 @@ def serve(arguments: Namespace) -> None:
             _unlink(path)
 
 
-def _serve_on(listener: socket.socket, path: str, arguments: Namespace) -> None:
+def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
     from kvmneg.policy.fence import Fence
     from kvmneg.service.contracts import ContractFiles
     from kvmneg.service.node import Node
@@ -99,12 +80,13 @@ def _serve_on(listener: socket.socket, path: str, arguments: Namespace) -> None:
         node.changed.append(lambda: _tell_systemd(node))
         _announce(node)
         if lookup:
-            lookup.start(server, node)
+            # not before the calls that wait have their answers: it takes a processor for a while
+            server.after(_LOOKUP_SECONDS, partial(lookup.start, server, node))
         server.run()
         systemd.stopping()
 
 
-def _measurer(arguments: Namespace) -> tuple[Measurer, VmmLookup | None]:
+def _measurer(arguments: Options) -> tuple[Measurer, VmmLookup | None]:
     """What measures: this host, with a look for its VMM builds, or a recorded report."""
     if arguments.report:
         from kvmneg.service.recorded import RecordedMeasurer
