@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 CALL = b'{"method":"org.kvmneg.Negotiate","parameters":{"request":{"level":"x86-64-v1"}}}\0'
 SECONDS = 1.0
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Load(NamedTuple):
@@ -57,14 +56,31 @@ def reply_of(path: Path) -> bytes:
 
 
 def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
+    """Time on a processor, to the nanosecond (/proc/PID/schedstat; both servers have one thread)."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def pinned(cpu: int) -> list[str]:
+    """The beginning of a command that runs on one CPU: server and load must not share one by chance."""
+    cpus = sorted(os.sched_getaffinity(0))
+    return ["taskset", "-c", str(cpus[cpu % len(cpus)])]
 
 
 def load(programs: Path, path: Path, server: subprocess.Popen[bytes], clients: int) -> Load:
     """One run: saturating clients, each with one call outstanding."""
     before = cpu_seconds(server.pid)
-    command = [programs / "load", "-s", path, "-f", programs / "call", "-c", str(clients), "-d", str(SECONDS)]
+    command = [
+        *pinned(1),
+        programs / "load",
+        "-s",
+        path,
+        "-f",
+        programs / "call",
+        "-c",
+        str(clients),
+        "-d",
+        str(SECONDS),
+    ]
     seen = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     spent = cpu_seconds(server.pid) - before
     # the generator's warm-up, a tenth of the time, costs the server too and is not in `calls`
@@ -86,7 +102,7 @@ def figures(programs: Path, state: Path) -> Iterator[Figure]:
         kvmnegd = Path(sys.executable).parent / "kvmnegd"
         report = Path(__file__).parent.parent / "kvmneg/data/recorded-host.json"
         measured = [] if os.access("/dev/kvm", os.R_OK | os.W_OK) else ["--report", report]
-        daemon = subprocess.Popen([kvmnegd, "--socket", ours_at, "--state", state, *measured])
+        daemon = subprocess.Popen([*pinned(0), kvmnegd, "--socket", ours_at, "--state", state, *measured])
         try:
             wait_for(ours_at)
             time.sleep(1)  # its child looks for VMM builds
@@ -96,7 +112,8 @@ def figures(programs: Path, state: Path) -> Iterator[Figure]:
             (programs / "reply").write_bytes(reply)
             (programs / "call").write_bytes(CALL)
             echo = subprocess.Popen(
-                [programs / "echo_server", theirs_at, programs / "reply"], stdout=subprocess.DEVNULL
+                [*pinned(0), programs / "echo_server", theirs_at, programs / "reply"],
+                stdout=subprocess.DEVNULL,
             )
             try:
                 wait_for(theirs_at)

@@ -33,7 +33,6 @@ _TIMEVAL = struct.Struct("ll")  # of SO_SNDTIMEO; zero waits for ever
 
 # Exit codes (kvmneg(1)) of errors that have no class of their own.
 _EXIT_CODES = {
-    "org.kvmneg.SlowWatcher": errors.Unreachable.exit_code,
     "org.varlink.service.InvalidParameter": errors.UsageError.exit_code,
 }
 

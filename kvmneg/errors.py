@@ -134,6 +134,13 @@ class BadInput(KvmnegError):
         super().__init__(place + message, hint=hint, file=file or None, line=line or None)
 
 
+class SlowWatcher(KvmnegError):
+    """The watcher did not read what was sent to it; it has to watch anew."""
+
+    exit_code = 4
+    varlink = "org.kvmneg.SlowWatcher"
+
+
 class NotPermitted(KvmnegError):
     """The caller may not do this."""
 

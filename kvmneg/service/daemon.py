@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _EXPIRY_SECONDS = 30.0
 _LOOKUP_SECONDS = 0.5
+_OWN_DESCRIPTORS = 128  # SQLite's, epoll's, and those a measurement opens
 
 
 def main() -> int:
@@ -49,6 +50,7 @@ def serve(arguments: Options) -> None:
     """Serve until SIGTERM or SIGINT. Raises UsageError, StoreError, BadInput."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until there is a loop to end
+    _raise_descriptor_limit()
     inherited = systemd.inherited_listener()
     path = str(inherited.getsockname()) if inherited else arguments.socket
     listener = inherited or _listener(path)
@@ -83,7 +85,6 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
             # not before the calls that wait have their answers: it takes a processor for a while
             server.after(_LOOKUP_SECONDS, partial(lookup.start, server, node))
         server.run()
-        systemd.stopping()
 
 
 def _measurer(arguments: Options) -> tuple[Measurer, VmmLookup | None]:
@@ -142,12 +143,28 @@ def _clear(path: str) -> None:
 
 def _schedule(server: Server, node: Node) -> None:
     """Signals, the watchdog, and the expiry of grants, in the server's loop."""
+
+    def stop(*_: object) -> None:
+        systemd.stopping()
+        server.stop()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.stop())
+        signal.signal(number, stop)
     seconds = systemd.watchdog_seconds()
     if seconds:
         server.every(seconds, _watchdog)
     server.every(_EXPIRY_SECONDS, node.expire)
+
+
+def _raise_descriptor_limit() -> None:
+    """Room for every connection the limits allow, beside what the daemon itself needs."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.CONNECTIONS + _OWN_DESCRIPTORS
+    if soft < wanted and (hard == resource.RLIM_INFINITY or soft < hard):
+        hardest = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hardest, hard))
 
 
 def _announce(node: Node) -> None:

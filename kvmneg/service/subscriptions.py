@@ -8,7 +8,7 @@ WATCHER_STALL_SECONDS is dropped with org.kvmneg.SlowWatcher, so that it cannot 
 from __future__ import annotations
 
 from kvmneg import limits as default_limits
-from kvmneg.errors import KvmnegError, LimitExceeded
+from kvmneg.errors import LimitExceeded, SlowWatcher
 from kvmneg.service import message
 
 TYPE_CHECKING = False
@@ -17,13 +17,6 @@ if TYPE_CHECKING:
 
     from kvmneg.service.connection import Connection
     from kvmneg.service.loop import Timer
-
-
-class SlowWatcher(KvmnegError):
-    """The watcher did not read what was sent to it; it has to watch anew."""
-
-    exit_code = 4
-    varlink = "org.kvmneg.SlowWatcher"
 
 
 class Subscriptions:

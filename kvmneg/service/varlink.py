@@ -29,7 +29,7 @@ from kvmneg.service.message import (
     error_reply,
     reply,
 )
-from kvmneg.service.subscriptions import SlowWatcher, Subscriptions
+from kvmneg.service.subscriptions import Subscriptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = (
     "Connection", "Dispatch", "ExpectedMore", "InterfaceNotFound", "InvalidParameter", "MethodNotFound",
-    "MethodNotImplemented", "Server", "ServiceError", "SlowWatcher", "Subscriptions", "error_reply", "reply",
+    "MethodNotImplemented", "Server", "ServiceError", "Subscriptions", "error_reply", "reply",
 )  # fmt: skip
 
 _IN, _OUT, _GONE = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
@@ -83,9 +83,8 @@ class Server(Loop):
         limits: Any = default_limits,
     ) -> None:
         super().__init__(clock)
-        self.on_trouble: Callable[[str], None] = lambda text: (
-            None
-        )  # no descriptors left; said once in a while
+        # no descriptors left; called once in a while, however often it happens
+        self.on_trouble: Callable[[str], None] = lambda text: None
         self._limits = limits
         self._dispatch = dispatch
         self._connections: dict[int, Connection] = {}
@@ -107,9 +106,9 @@ class Server(Loop):
 
     def stop(self) -> None:
         """End `run` once the call at hand is answered and queued replies are out; from any thread or signal handler."""
-        self._stopping = True
-        if self._wake >= 0:
-            os.eventfd_write(self._wake, 1)
+        if not self._stopping:
+            os.eventfd_write(self._wake, 1)  # first: once the flag is seen the descriptor goes
+            self._stopping = True
 
     # --- the loop
 
@@ -336,7 +335,7 @@ class Server(Loop):
         """Hand out what is queued, for STOP_SECONDS at most, then close everything."""
         deadline = self.clock() + self._limits.STOP_SECONDS
         for connection in list(self._connections.values()):
-            connection.buffer, connection.ended = b"", True
+            connection.buffer, connection.ended, connection.waits = b"", True, False
             if connection.busy or not connection.queue:
                 self.close_connection(connection)
             else:
@@ -350,5 +349,4 @@ class Server(Loop):
         for connection in list(self._connections.values()):
             self.close_connection(connection)
         self.epoll.close()
-        wake, self._wake = self._wake, -1
-        os.close(wake)
+        os.close(self._wake)

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from kvmneg.service.peer import refuse_descriptors
+
 ECHO = b'{"method":"org.example.toy.Echo","parameters":{"text":"%s"}}\0'
 
 
@@ -253,16 +255,19 @@ def test_a_held_call_is_finished_before_the_next_is_answered(served):
     assert wire.ask("org.example.toy.Countdown", {"number": 3}) == {"parameters": {"left": 0}}
 
 
-def test_descriptors_are_not_taken(served, tmp_path):
+def test_descriptors_are_not_taken(served):
+    """Refused by the kernel (SO_PASSRIGHTS, Linux 6.16), or else closed when they are received."""
     wire = served.connect()
     own, sent = socket.socketpair()
-    message = b'{"method":"org.example.toy.Count"}\0'
+    refusing = refuse_descriptors(own)
     with own, sent:
         try:
-            socket.send_fds(wire.socket, [message], [sent.fileno()])
-        except PermissionError:  # SO_PASSRIGHTS, Linux 6.16
+            socket.send_fds(wire.socket, [b'{"method":"org.example.toy.Count"}\0'], [sent.fileno()])
+        except PermissionError:
+            assert refusing
             assert wire.ask("org.example.toy.Count") == {"parameters": {"count": 1}}
         else:
+            assert not refusing
             assert wire.read() == {"parameters": {"count": 1}}
         sent.close()
         own.settimeout(20)
@@ -278,6 +283,36 @@ def test_stopping_hands_out_what_is_queued(serve):
     served.server.stop()
     assert len(wire.read()["parameters"]["data"]) == 3_000_000
     assert wire.closed() and watcher.closed() and idle.closed()
+
+
+def test_stopping_with_calls_left_over(serve):
+    """Calls that are not answered yet are not waited for; the replies before them are handed out."""
+    served = serve(reply_bytes=3_000_000, CALLS_PER_TURN=1, STOP_SECONDS=300)
+    wire = served.connect()
+
+    def stop(*_):
+        served.server.stop()
+        return {"count": 0}
+
+    served.toy._count = stop
+    wire.send(b'{"method":"org.example.toy.Big"}\0')
+    served.wait(lambda: served.server.queued_bytes > 1_000_000)
+    wire.read()
+    wire.send(b'{"method":"org.example.toy.Count"}\0' * 100)
+    assert wire.read() == {"parameters": {"count": 0}}
+    served.wait(lambda: served.server.connections == 0)
+
+
+def test_stopping_from_several_threads_and_again(serve):
+    for _ in range(20):
+        served = serve()
+        threads = [threading.Thread(target=served.server.stop) for _ in range(3)]
+        served.server.stop()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        served.server.stop()
 
 
 def test_stopping_does_not_wait_for_a_peer_that_does_not_read(serve):
