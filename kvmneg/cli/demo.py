@@ -153,7 +153,7 @@ def _start(demo: Demo) -> subprocess.Popen[bytes]:
     demo.title("The daemon, with state and socket in a private directory")
     words = ["--socket", demo.socket, "--state", os.path.join(demo.directory, "state")]
     words += ["--report", demo.report] if demo.report else []
-    words += ["--kvm", demo.kvm] if demo.kvm != sources.KVM else []
+    words += ["--kvm", demo.kvm] if demo.kvm != sources.KVM and not demo.report else []
     demo.show("kvmnegd", *words, "&")
     began = time.monotonic()
     # its own session: Ctrl-C ends this program, which then ends the daemon in order
