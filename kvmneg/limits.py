@@ -10,6 +10,7 @@ REPLY_QUEUE_BYTES = 64 * 1024  # high water of unsent replies: reading stops unt
 READ_CHUNK_BYTES = 64 * 1024  # read from one connection in one turn of the loop, so that others get theirs
 REPLY_BYTES = 4 * 1024 * 1024  # what a client accepts from a daemon
 NESTING_DEPTH = 32  # of JSON in a call
+TURN_SECONDS = 0.02  # spent on calls left over from earlier turns, before new ones are looked for
 CALLS_PER_TURN = 64  # answered from what one connection pipelined, before the others get their turn
 
 # varlink, all connections
@@ -17,6 +18,7 @@ CONNECTIONS = 1024
 CONNECTIONS_PER_UID = 256
 FIRST_CALL_SECONDS = 10.0  # a connection that sends no complete call by then is closed
 WATCHERS = 256
+WATCHERS_PER_UID = 64
 WATCHER_STALL_SECONDS = 10.0  # a watcher that takes nothing of what is queued for it that long is dropped
 ACCEPT_PER_TURN = 64
 ACCEPT_PAUSE_SECONDS = 0.1  # without a descriptor left even for refusing
@@ -24,6 +26,7 @@ TROUBLE_SECONDS = 60.0  # the same trouble (no descriptors left) is reported onc
 STOP_SECONDS = 2.0  # for handing out queued replies when the daemon stops
 CACHED_REPLIES = 256  # distinct calls whose reply bytes are kept
 CACHED_CALL_BYTES = 8 * 1024  # longer calls are answered and not kept
+CACHED_REPLY_BYTES = 64 * 1024  # longer replies are not kept either
 CACHED_OFFERS = 1024  # contracts offered and not begun that GetContract and Begin still know
 
 # requests

@@ -37,6 +37,9 @@ class Subscriptions:
         """
         if len(self._watchers) >= self._limits.WATCHERS:
             raise LimitExceeded("WATCHERS", self._limits.WATCHERS)
+        uid = connection.peer.uid
+        if sum(watching.peer.uid == uid for watching in self._watchers) >= self._limits.WATCHERS_PER_UID:
+            raise LimitExceeded("WATCHERS_PER_UID", self._limits.WATCHERS_PER_UID)
         connection.hold(self._gone)
         self._watchers[connection] = None
         if self._timer is None:

@@ -190,7 +190,10 @@ class Server(Loop):
                 self.acceptor.called(connection)
             call = buffer[start : end + 1]
             start = end + 1
-            reply = cached(call) or self._answer(connection, call)
+            reply = cached(call)
+            if reply is None:
+                reply = self._answer(connection, call)
+                budget = 0  # it was work: the others first
             if reply is not None:
                 self.transmit(connection, reply)
             end = buffer.find(0, start)
@@ -286,7 +289,10 @@ class Server(Loop):
             self._settle(connection)
 
     def _work_off(self) -> None:
+        until = self.clock() + self._limits.TURN_SECONDS
         for _ in range(len(self._backlog)):
+            if self.clock() >= until:
+                return  # whoever sends meanwhile is not kept waiting for all of it
             connection = self._backlog.popleft()
             connection.waits = False
             if not connection.closed:

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import os
 import socket
+import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
 
 from kvmneg import limits
+from kvmneg.service import varlink
 
 
 def sized_call(size: int) -> bytes:
@@ -241,3 +244,45 @@ def test_no_descriptor_even_for_refusing(served, monkeypatch):
     assert served.connect().ask("org.example.toy.Count") == {"parameters": {"count": 1}}
     assert len(failures) == 3
     assert served.toy.trouble == ["cannot accept connections: Cannot allocate memory"]
+
+
+def test_watchers_per_uid(serve):
+    """One user cannot take every watcher there is."""
+    served = serve(WATCHERS_PER_UID=1)
+    watcher = served.connect()
+    assert watcher.ask("org.example.toy.Watch", more=True)["continues"]
+    wire = served.connect()
+    reply = wire.ask("org.example.toy.Watch", more=True)
+    assert (reply["error"], reply["parameters"]["limit"]) == ("org.kvmneg.LimitExceeded", "WATCHERS_PER_UID")
+    assert wire.ask("org.example.toy.Count") == {"parameters": {"count": 1}}
+
+
+def test_calls_that_are_work_take_turns(tmp_path):
+    """What two clients pipelined before the server looked is answered one call each in turn."""
+    toy_server = sys.modules["toy_server"]
+    toy = toy_server.Toy()
+    path = str(tmp_path / "socket")
+    with toy_server.listen(path) as listener:
+        server = varlink.Server(listener, toy)
+        toy.attach(server)
+        clients = []
+        for _ in range(2):
+            client = socket.socket(socket.AF_UNIX)
+            client.settimeout(20)
+            client.connect(path)
+            client.sendall(b'{"method":"org.example.toy.Count"}\0' * 20)
+            clients.append(client)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        counts = []
+        for client in clients:
+            received = b""
+            while received.count(b"\0") < 20:
+                received += client.recv(65536)
+            client.close()
+            counts.append([json.loads(row)["parameters"]["count"] for row in received.split(b"\0")[:-1]])
+        server.stop()
+        thread.join(20)
+    toy.memory.close()
+    assert sorted(counts[0] + counts[1]) == list(range(1, 41))
+    assert max(later - earlier for one in counts for earlier, later in itertools.pairwise(one)) <= 3
