@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import sys
 from functools import partial
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from kvmneg.service.varlink import Server
     from kvmneg.service.vmms import VmmLookup
 
-_EXPIRY_SECONDS = 30.0
+_KEEP_UP_SECONDS = 30.0
 _LOOKUP_SECONDS = 0.5
 _OWN_DESCRIPTORS = 128  # SQLite's, epoll's, and those a measurement opens
 
@@ -52,14 +53,18 @@ def serve(arguments: Options) -> None:
         signal.signal(number, _leave)  # until there is a loop to end
     _raise_descriptor_limit()
     inherited = systemd.inherited_listener()
-    path = str(inherited.getsockname()) if inherited else arguments.socket
-    listener = inherited or _listener(path)
-    try:
-        _serve_on(listener, path, arguments)
-    finally:
-        listener.close()
-        if not inherited:
-            _unlink(path)
+    if inherited:
+        _serve_on(inherited, _path_of(inherited), arguments)
+        return
+    path = os.path.abspath(arguments.socket)
+    with _listener(path) as listener:
+        ours = _identity(path)
+        try:
+            _serve_on(listener, path, arguments)
+        finally:
+            # while it still listens: once it does not, another daemon may serve there
+            if ours and _identity(path) == ours:
+                _unlink(path)
 
 
 def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
@@ -72,7 +77,8 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
 
     with SqliteStore(arguments.state, verify=lambda text: Fence.parse(text).digest) as store:
         measurer, lookup = _measurer(arguments)
-        node = Node(store, measurer, ContractFiles(os.path.join(os.path.dirname(path) or ".", "contracts")))
+        files = ContractFiles(os.path.join(os.path.dirname(path), "contracts"))
+        node = Node(store, measurer, files, _print_trouble)
         router = Router(node)
         server = Server(listener, router)
         router.attach(server)
@@ -106,12 +112,10 @@ def _listener(path: str) -> socket.socket:
     temporary = f"{path}.{os.getpid()}"
     try:
         _clear(path)
-        if os.path.dirname(path):
-            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+        _make_folder(os.path.dirname(path))
         listener.bind(temporary)
-        os.chmod(
-            temporary, 0o666
-        )  # every user's VMM may ask; who may pin is judged by the peer's credentials
+        # every user's VMM may ask; who may pin is judged by the peer's credentials
+        os.chmod(temporary, 0o666)
         listener.listen(limits.CONNECTIONS)
         os.rename(temporary, path)  # whoever sees the path can connect to it
     except OSError as error:
@@ -128,21 +132,51 @@ def _listener(path: str) -> socket.socket:
 
 def _clear(path: str) -> None:
     """Remove a socket that nobody listens on any more; leave anything else alone. Raises StoreError, OSError."""
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise UsageError(f"{path} exists and is no socket", hint="name another socket with --socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a daemon whose backlog is full is there all the same
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)  # left behind by a daemon that was killed
             return
+        except BlockingIOError:
+            pass
     raise StoreError(
         f"another kvmnegd serves on {path}", hint="stop it, or name another socket with --socket"
     )
 
 
+def _make_folder(folder: str) -> None:
+    """Make the socket's folder where it is missing, open to every user whatever the umask. Raises OSError."""
+    if not os.path.isdir(folder):
+        os.makedirs(folder, exist_ok=True)
+        os.chmod(folder, 0o755)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _path_of(listener: socket.socket) -> str:
+    """The path of an inherited socket, beside which the contracts lie. Raises UsageError."""
+    path = listener.getsockname()
+    if not isinstance(path, str) or not path.startswith("/"):
+        raise UsageError(
+            "the inherited socket has no absolute path", hint="the socket unit needs ListenStream=/…"
+        )
+    return path
+
+
 def _schedule(server: Server, node: Node) -> None:
-    """Signals, the watchdog, and the expiry of grants, in the server's loop."""
+    """Signals, the watchdog, and what the node does when nobody asks, in the server's loop."""
 
     def stop(*_: object) -> None:
         systemd.stopping()
@@ -153,7 +187,7 @@ def _schedule(server: Server, node: Node) -> None:
     seconds = systemd.watchdog_seconds()
     if seconds:
         server.every(seconds, _watchdog)
-    server.every(_EXPIRY_SECONDS, node.expire)
+    server.every(_KEEP_UP_SECONDS, node.keep_up)
 
 
 def _raise_descriptor_limit() -> None:
@@ -169,20 +203,20 @@ def _raise_descriptor_limit() -> None:
 
 def _announce(node: Node) -> None:
     systemd.ready(_status(node))
-    if node.state in ("unmeasured", "breached"):
+    if node.state in ("unmeasured", "breached", "unreadable"):
         sys.stderr.write(f"kvmnegd: {_trouble_of(node)}\n")
 
 
 def _trouble_of(node: Node) -> str:
     try:
-        node.report  # noqa: B018 (it raises the reason)
+        node.fence, node.report  # noqa: B018 (each raises its reason)
     except KvmnegError as error:
         return str(error)
     return "this host offers less than the pinned fence: no new contract is given; see `kvmneg fence show`"
 
 
 def _status(node: Node) -> str:
-    fence = f"fence {node.fence.digest[:19]}" if node.fence else "no fence"
+    fence = f"fence {node.fence_digest[:19]}" if node.fence_digest else "no fence"
     return f"{node.state}, generation {node.generation}, {fence}"
 
 
@@ -201,11 +235,14 @@ def _tell_systemd(node: Node) -> None:
 def _unlink(path: str) -> None:
     try:
         os.unlink(path)
-    except FileNotFoundError:
-        pass
+    except OSError:
+        pass  # gone, or never made: why it could not be made is told already
 
 
 def _print_internal_error(error: BaseException) -> None:
+    if isinstance(error, KvmnegError):  # of a timer: nobody else is told
+        _print_trouble(str(error))
+        return
     from traceback import print_exception
 
     print_exception(error)

@@ -11,19 +11,21 @@ import os
 
 from kvmneg import limits
 from kvmneg.errors import Blocked, LimitExceeded, UsageError
-from kvmneg.policy import negotiation
+from kvmneg.policy import grade, negotiation
 from kvmneg.policy.contract import SCOPE
 from kvmneg.policy.request import Request
-from kvmneg.service.authorization import is_admin, require_admin
+from kvmneg.service.authorization import require_admin
+from kvmneg.service.message import reply
 from kvmneg.service.node import now
 from kvmneg.store.interface import Audit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from kvmneg.features.difference import Blocker
+    from kvmneg.policy.contract import Contract
     from kvmneg.service.node import Node
     from kvmneg.service.varlink import Connection
 
@@ -61,9 +63,9 @@ class Interfaces:
         node = self._node
         return {
             "generation": node.generation,
-            "fenceDigest": node.fence.digest if node.fence else None,
+            "fenceDigest": node.fence_digest,
             "state": node.state,
-            "hostDigest": node.report.digest() if node.state != "unmeasured" else None,
+            "hostDigest": node.host_digest,
         }
 
     # -- org.kvmneg -------------------------------------------------------------------------------
@@ -79,13 +81,13 @@ class Interfaces:
         }
 
     def _negotiate(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
-        answer = self._node.negotiate(Request.from_json(parameters["request"]))
+        answer = self._node.negotiate(Request.from_json(parameters["request"]), connection.peer)
         return {
             "contract": answer.contract.to_json(),
             "digest": answer.contract.digest,
             "generation": self._node.generation,
             "notGranted": [blocker.to_varlink() for blocker in answer.not_granted],
-            "scope": list(SCOPE),
+            "scope": self._scope(),
         }
 
     def _begin(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -98,29 +100,36 @@ class Interfaces:
         }
 
     def _started(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
-        self._node.started(parameters["vm"], connection.peer, admin=is_admin(connection.peer))
+        self._node.started(parameters["vm"], connection.peer)
         return {}
 
     def _end(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
-        self._node.end(parameters["vm"], connection.peer, admin=is_admin(connection.peer))
+        self._node.end(parameters["vm"], connection.peer)
         return {}
 
     def _check(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
         if ("request" in parameters) == ("digest" in parameters):
             raise UsageError("check needs either a request or a contract's digest")
+        contract: Contract | None
         if "digest" in parameters:
-            blockers = negotiation.check(self._node.contract(parameters["digest"])[0], self._node.report)
+            contract = self._node.contract(parameters["digest"])[0]
+            blockers = negotiation.check(contract, self._node.report)
         else:
-            blockers = self._blockers(Request.from_json(parameters["request"]))
+            contract, blockers = self._judge(Request.from_json(parameters["request"]))
+        graded = grade.of(contract.granted, self._node.report) if contract and not blockers else None
         rows = [blocker.to_varlink() for blocker in blockers]
-        return {"fits": not rows, "blockers": rows, "scope": list(SCOPE)}
+        return {"fits": not rows, "blockers": rows, "grade": graded, "scope": self._scope()}
 
-    def _blockers(self, request: Request) -> tuple[Blocker, ...]:
+    def _scope(self) -> list[str]:
+        source = self._node.report.measured.get("source")
+        recorded = [] if source == "kvm" else [f"not judged: the KVM of this machine; the report is {source}"]
+        return [*SCOPE, *recorded]
+
+    def _judge(self, request: Request) -> tuple[Contract | None, tuple[Blocker, ...]]:
         try:
-            negotiation.check_request(request, self._node.report, self._node.fence)
+            return negotiation.check_request(request, self._node.report, self._node.fence).contract, ()
         except Blocked as no:
-            return no.blockers
-        return ()
+            return None, no.blockers
 
     def _get_contract(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
         contract, state = self._node.contract(parameters["digest"])
@@ -155,7 +164,19 @@ class Interfaces:
             raise LimitExceeded("HISTORY_ROWS", limits.HISTORY_ROWS, "ask for fewer entries")
         rows = self._node.history(limit or limits.HISTORY_ROWS)
         names = ("action", "generation", "at", "uid", "pid", "reason", "digest")
-        return {"entries": [{name: getattr(row, name) for name in names} for row in rows]}
+        entries = ({name: getattr(row, name) for name in names} for row in rows)
+        return {"entries": _that_fit(entries, limits.REPLY_BYTES - 1024)}
+
+
+def _that_fit(entries: Iterable[dict[str, Any]], room: int) -> list[dict[str, Any]]:
+    """The first entries, as many as one reply may hold."""
+    kept: list[dict[str, Any]] = []
+    for entry in entries:
+        room -= len(reply(entry))
+        if room < 0:
+            break
+        kept.append(entry)
+    return kept
 
 
 def _audit(connection: Connection, what: str, reason: str) -> Audit:

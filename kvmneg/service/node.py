@@ -16,17 +16,20 @@ from kvmneg.errors import (
     NoSuchContract,
     NotPermitted,
     StaleOffer,
+    StoreError,
     UsageError,
 )
 from kvmneg.features.featureset import fits
-from kvmneg.policy import negotiation, pinning
+from kvmneg.policy import grade, negotiation, pinning
 from kvmneg.policy.contract import Contract
 from kvmneg.policy.fence import Fence
+from kvmneg.service.authorization import is_admin
+from kvmneg.service.shares import Shares
 from kvmneg.store.interface import Audit, Grant
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Protocol
 
     from kvmneg.features.report import Report
@@ -54,20 +57,30 @@ def now() -> str:
 class Node:
     """One host under one fence. Not thread-safe: it belongs to the event loop."""
 
-    def __init__(self, store: Store, measurer: Measurer, files: ContractFiles) -> None:
+    def __init__(
+        self,
+        store: Store,
+        measurer: Measurer,
+        files: ContractFiles,
+        on_trouble: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.store = store
         self.files = files
         self.changed: list[Callable[[], None]] = []
+        # by digest: the contract offered and the generation it was offered in
+        self.offers: Shares[str, tuple[Contract, int, str | None]] = Shares()
+        self._unrecorded = False  # the report is not in the store yet
+        self._on_trouble = on_trouble  # told what went wrong beside an answer that is right
         self._measurer = measurer
         self._report: Report | None = None
         self._why_not: KvmnegError = NoKvm("not measured yet")
         # Wall time anchored once and counted on: a clock that is set does not move the grants' deadlines,
         # and time asleep counts.
         self._anchor = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        self._fence = _fence_of(store.fence())
+        self._fence: Fence | None = None
+        self._fence_fault: StoreError | None = None
+        self._load_fence()
         self.generation = store.generation()
-        # offers by digest: the contract and the generation it was offered in; oldest first
-        self._offers: dict[str, tuple[Contract, int]] = {}
         self.files.keep(store.contracts_outstanding())
         self.measure()
 
@@ -76,24 +89,34 @@ class Node:
     def measure(self) -> None:
         """Measure again; a host that cannot be measured keeps the reason and grants nothing."""
         before = self._report
+        self._report, self._why_not = None, KvmnegError("an internal error while this host was measured")
         try:
             self._report = self._measurer.measure()
         except KvmnegError as error:
-            self._report, self._why_not = None, error
-        else:
-            self._record(self._report, before)
-        if (before and before.canonical()) != (self._report and self._report.canonical()):
-            self._tell()
+            self._why_not = error
+        finally:  # a fault of ours too leaves a host that is not measured, never an old report
+            if (before and before.canonical()) != (self._report and self._report.canonical()):
+                self._unrecorded = True
+                self._tell()
+            self._record()
 
-    def _record(self, report: Report, before: Report | None) -> None:
+    def _record(self) -> None:
+        """Keep the report for the record. A full disk does not make a host that was measured useless."""
+        report = self._report
+        if report is None or not self._unrecorded:
+            return
         import zlib  # only where a report is kept
 
-        canonical = report.canonical()
-        if before is None or before.canonical() != canonical:
-            self.store.record_report(report.digest(), report.combo_digest(), now(), zlib.compress(canonical))
+        body = zlib.compress(report.canonical())
+        try:
+            self.store.record_report(report.digest(), report.combo_digest(), now(), body)
+        except StoreError as error:
+            self._on_trouble(f"this measurement is not recorded: {error}")
+        else:
+            self._unrecorded = False
 
     def refresh(self, *, fresh: bool = False) -> None:
-        """Measure again where an input changed; inputs are never older than a second, with `fresh` not at all."""
+        """Measure again where an input changed; inputs are looked at once a second, with `fresh` now."""
         if self._report is None or self._measurer.changed(fresh=fresh):
             self.measure()
 
@@ -105,42 +128,56 @@ class Node:
         return self._report
 
     @property
+    def host_digest(self) -> str | None:
+        """The current report's digest, None while there is none."""
+        return self._report.digest() if self._report else None
+
+    @property
+    def fence_digest(self) -> str | None:
+        """The pinned fence's digest, None where none is pinned or it cannot be understood."""
+        return self._fence.digest if self._fence else None
+
+    @property
     def fence(self) -> Fence | None:
+        """The pinned fence; raises StoreError where it cannot be understood: no fence is not what it means."""
+        if self._fence_fault is not None:
+            raise self._fence_fault
         return self._fence
 
     @property
     def state(self) -> str:
-        """floating, pinned, breached (the host is below its fence) or unmeasured."""
+        """floating, pinned, breached (the host is below its fence), unmeasured, or unreadable (the fence is)."""
+        if self._fence_fault is not None:
+            return "unreadable"
         if self._report is None:
             return "unmeasured"
         if self._fence is None:
             return "floating"
-        return "breached" if fits(self._fence.granted, self._report.offer) else "pinned"
+        return "breached" if self._fence.unmet(self._report.offer) else "pinned"
 
     # -- contracts --------------------------------------------------------------------------------
 
-    def negotiate(self, request: Request) -> Answer:
-        """An offer of this generation; raises what kvmneg.policy.negotiation raises, NoKvm, KvmFault."""
-        answer = negotiation.negotiate(request, self.report, self._fence)
-        offers = self._offers
-        offers.pop(answer.contract.digest, None)
-        offers[answer.contract.digest] = answer.contract, self.generation
-        if len(offers) > limits.CACHED_OFFERS:
-            del offers[next(iter(offers))]
+    def negotiate(self, request: Request, peer: Peer) -> Answer:
+        """An offer of this generation; raises what kvmneg.policy.negotiation raises, NoKvm, KvmFault, StoreError."""
+        answer = negotiation.negotiate(request, self.report, self.fence)
+        offer = answer.contract, self.generation, request.vmm
+        self.offers.put(answer.contract.digest, offer, peer.uid, limits.CACHED_OFFERS)
         return answer
 
     def begin(self, digest: str, vm: str, peer: Peer) -> tuple[Grant, str]:
         """Grant an offered contract to a VM: the grant, and the path of the contract's file.
 
         Looks at the host afresh first. Raises NoSuchContract (never offered, or too long ago), StaleOffer (another
-        generation), Blocked (the host changed and cannot give it any more), UsageError (the VM holds another
-        contract, no UUID), LimitExceeded.
+        generation, or the host changed and cannot give it any more), Breached, UsageError (the VM holds another
+        contract, no UUID), NotPermitted (the VM is another user's), LimitExceeded.
         """
         vm, digits = _uuid(vm), _hex(digest)
         held = self.store.grant(vm)
-        if held and held.digest == digits and held.uid == peer.uid:
-            return held, self.files.path(digest)  # asked twice: the first reply may have been lost
-        contract, generation = self._offer("sha256:" + digits)
+        if held and held.uid != peer.uid:
+            raise _not_yours(held)
+        if held and held.digest == digits:  # asked twice: the first reply may have been lost
+            return held, self.files.write(digits, self.store.contract(digits) or b"")
+        contract, generation, vmm = self._offer("sha256:" + digits)
         self.refresh(fresh=True)
         if generation != self.generation:
             raise StaleOffer(
@@ -150,47 +187,69 @@ class Node:
                 generation=self.generation,
             )
         # the ceiling again: it raises where the host fell below its fence since
-        top = negotiation.ceiling(self.report, self._fence)
+        top = negotiation.ceiling(self.report, self.fence, vmm)
         blockers = fits(contract.granted, top, missing_on=f"host {self.report.host}")
-        if blockers:
+        if blockers or grade.worse(contract, self.report):
             raise StaleOffer(
                 "the host changed since the offer", hint="negotiate again", generation=self.generation
             )
         deadline = self._wall() + limits.GRANT_UNSTARTED_SECONDS
         wanted = Grant(vm, digits, generation, peer.uid, peer.pid, now(), deadline, "begun")
-        granted = self.store.begin(wanted, contract.binary())
-        return granted, self.files.write(digest, contract.binary())
+        # the file first: once the store has the grant, nothing may fail any more
+        path = self.files.write(digits, contract.binary())
+        try:
+            return self.store.begin(wanted, contract.binary()), path
+        except KvmnegError:
+            self._put_away([digits])
+            raise
 
-    def started(self, vm: str, peer: Peer, *, admin: bool) -> None:
+    def started(self, vm: str, peer: Peer) -> None:
         """The VM runs: its grant no longer expires. Raises UsageError, NotPermitted (another user's)."""
-        self._own(_uuid(vm), peer, admin)
-        self.store.started(_uuid(vm))
+        self.store.started(self._own(vm, peer).vm)
 
-    def end(self, vm: str, peer: Peer, *, admin: bool) -> None:
+    def end(self, vm: str, peer: Peer) -> None:
         """The VM is gone. Raises UsageError, NotPermitted (another user's)."""
-        self._own(_uuid(vm), peer, admin)
-        self.store.end(_uuid(vm))
-        self.files.keep(self.store.contracts_outstanding())
+        held = self._own(vm, peer)
+        self.store.end(held.vm)
+        self._put_away([held.digest])
 
-    def _own(self, vm: str, peer: Peer, admin: bool) -> None:
+    def _put_away(self, digests: Iterable[str]) -> None:
+        """Remove the files of contracts that no VM holds. One that stays is put away at the next start."""
+        try:
+            for digest in digests:
+                if not self.store.holds(digest):
+                    self.files.remove(digest)
+        except StoreError as error:
+            self._on_trouble(str(error))
+
+    def _own(self, vm: str, peer: Peer) -> Grant:
+        """The grant of a VM of this user's, for an admin of anybody's."""
+        vm = _uuid(vm)
         held = self.store.grant(vm)
         if held is None:
             raise UsageError(
                 f"VM {vm} holds no contract", hint="it was ended, or expired before it was started"
             )
-        if held.uid != peer.uid and not admin:
-            raise NotPermitted(f"VM {vm} belongs to uid {held.uid}", hint="ask as that user or as an admin")
+        if held.uid != peer.uid and not is_admin(peer):
+            raise _not_yours(held)
+        return held
+
+    def keep_up(self) -> None:
+        """What is done when nobody asks: expire grants, see that the host changed, record what was not recorded."""
+        self.refresh()
+        self._record()
+        self.expire()
 
     def expire(self) -> None:
         """End the grants that were never started in time."""
         if self.store.expire(self._wall()):
-            self.files.keep(self.store.contracts_outstanding())
+            self._put_away(self.files.digests())
 
     def _wall(self) -> float:
         return self._anchor + time.clock_gettime(time.CLOCK_BOOTTIME)
 
-    def _offer(self, digest: str) -> tuple[Contract, int]:
-        found = self._offers.get(digest)
+    def _offer(self, digest: str) -> tuple[Contract, int, str | None]:
+        found = self.offers.values.get(digest)
         if found is None:
             raise NoSuchContract(f"no offer {digest} is known here", hint="negotiate again", digest=digest)
         return found
@@ -198,7 +257,7 @@ class Node:
     def contract(self, digest: str) -> tuple[Contract, str]:
         """A contract offered or granted, and "offered", "granted" or "ended". Raises NoSuchContract."""
         digits = _hex(digest)
-        offer = self._offers.get("sha256:" + digits)
+        offer = self.offers.values.get("sha256:" + digits)
         state = "granted" if self.store.holds(digits) else "offered" if offer else "ended"
         if offer:
             return offer[0], state
@@ -236,8 +295,18 @@ class Node:
     def history(self, limit: int) -> list[HistoryRow]:
         return self.store.history(min(limit, limits.HISTORY_ROWS))
 
+    def _load_fence(self) -> None:
+        try:
+            self._fence = _fence_of(self.store.fence())
+        except StoreError as error:
+            # One that was tampered with, or that this build's catalogue reads in another way: serve to say so, and
+            # to have it replaced. Any other fault of the store is no reason to serve.
+            if "generation" not in error.fields:
+                raise
+            self._fence_fault = error
+
     def _moved(self, fence: Fence | None, generation: int) -> None:
-        self._fence, self.generation = fence, generation
+        self._fence, self.generation, self._fence_fault = fence, generation, None
         self._tell()
 
     def _tell(self) -> None:
@@ -247,6 +316,10 @@ class Node:
 
 def _fence_of(row: FenceRow | None) -> Fence | None:
     return Fence.parse(row.text, generation=row.generation, file="the pinned fence") if row else None
+
+
+def _not_yours(held: Grant) -> NotPermitted:
+    return NotPermitted(f"VM {held.vm} belongs to uid {held.uid}", hint="ask as that user or as an admin")
 
 
 def _uuid(text: str) -> str:

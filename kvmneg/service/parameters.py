@@ -22,6 +22,8 @@ TYPES: dict[str, dict[str, str]] = {
         "require": "?[]string",
         "optional": "?[]string",
         "exact": "?[]string",
+        "vmm": "?string",
+        "requireEnforced": "?bool",
     },
 }
 

@@ -15,6 +15,8 @@ class RecordedMeasurer:
         try:
             with open(file, "rb") as opened:
                 self._report = Report.loads(opened.read(limits.REPORT_BYTES + 1), file=file)
+            # whatever wrote the file: here it is not measured
+            self._report.measured["source"] = "recorded"
         except OSError as error:
             raise BadInput(f"cannot read it: {error.strerror}", file=file) from None
 

@@ -12,6 +12,7 @@ from kvmneg import limits
 from kvmneg.errors import Blocked
 from kvmneg.service import introspection, parameters
 from kvmneg.service.interfaces import CACHEABLE, Interfaces
+from kvmneg.service.shares import Shares
 from kvmneg.service.varlink import (
     Dispatch,
     ExpectedMore,
@@ -39,12 +40,15 @@ class Router(Dispatch):
         self._handlers = self._interfaces.handlers()
         self._watchers = Subscriptions()
         self._replies: dict[bytes, bytes] = {}  # what may be given out without a look at the host
-        self._known: dict[bytes, bytes] = {}  # what may be given out after one
+        # what may be given out after one, with the digest that it offers, if any
+        self._known: Shares[bytes, tuple[bytes, str]] = Shares()
+        self._known.on_forgotten = self._forget_call
         self._fresh_until = 0.0
         self._server: Server | None = None
         # a call that is known costs this one look into a dictionary
         self.cached = self._replies.get  # type: ignore[method-assign, assignment]
         node.changed.append(self._forget)
+        node.offers.on_forgotten = self._forget_offer
 
     def attach(self, server: Server) -> None:
         """The server whose clock and timers tell when replies have become old."""
@@ -57,10 +61,10 @@ class Router(Dispatch):
         checked = parameters.check(given, fields)
         if method in CACHEABLE:
             self._look()
-            known = self._known.get(connection.raw)
+            known = self._known.values.get(connection.raw)
             if known is not None:
-                self._replies[connection.raw] = known
-                return known
+                self._keep(connection, *known)
+                return known[0]
         if method.startswith("org.varlink.service."):
             return reply(_introspect(method, checked))
         if method == "org.kvmneg.Watch":
@@ -68,31 +72,46 @@ class Router(Dispatch):
                 raise ExpectedMore
             self._watchers.add(connection, self._interfaces.event())
             return None
-        answer = self._answer(method, connection, checked)
+        answer, digest = self._answer(method, connection, checked)
         if method in CACHEABLE and not (more or oneway):
-            self._keep(connection.raw, answer)
+            self._keep(connection, answer, digest)
         return answer
 
-    def _answer(self, method: str, connection: Connection, checked: dict[str, Any]) -> bytes:
+    def _answer(self, method: str, connection: Connection, checked: dict[str, Any]) -> tuple[bytes, str]:
+        """The reply, and the digest of the contract it offers, "" for none."""
         try:
-            return reply(self._handlers[method](connection, checked))
+            answer = self._handlers[method](connection, checked)
         except Blocked as no:
             if method not in CACHEABLE:
                 raise
-            return error_reply(no.varlink, no.parameters())  # as lasting as a yes
+            return error_reply(no.varlink, no.parameters()), ""  # as lasting as a yes
+        return reply(answer), answer["digest"] if method == "org.kvmneg.Negotiate" else ""
 
-    def _keep(self, call: bytes, answer: bytes) -> None:
-        if len(self._known) >= limits.CACHED_REPLIES:
-            self._replies.clear()
-            self._known.clear()
-        self._replies[call] = self._known[call] = answer
+    def _keep(self, connection: Connection, answer: bytes, digest: str) -> None:
+        """Keep a reply and the offer in it for this user too: it is not lost when another one's are."""
+        call, uid = connection.raw, connection.peer.uid
+        if len(call) > limits.CACHED_CALL_BYTES or len(answer) > limits.CACHED_REPLY_BYTES:
+            return
+        self._replies[call] = answer
+        self._known.put(call, (answer, digest), uid, limits.CACHED_REPLIES)
+        if digest:
+            self._node.offers.hold(digest, uid, limits.CACHED_OFFERS)
+
+    def _forget_call(self, call: bytes) -> None:
+        self._replies.pop(call, None)
+
+    def _forget_offer(self, digest: str) -> None:
+        """No reply is given out whose offer Begin would not know."""
+        for call, (_, offered) in list(self._known.values.items()):
+            if offered == digest:
+                self._known.drop(call)
 
     def _look(self) -> None:
         """Inputs that change without an event are never older than VOLATILE_SECONDS in an answer."""
         server = self._server
         if server is None or server.clock() < self._fresh_until:
             return
-        self._node.refresh()
+        self._node.refresh(fresh=True)  # a look that somebody else took may be a second old already
         self._fresh_until = server.clock() + limits.VOLATILE_SECONDS
         # one-shot, and only while somebody asks: an idle daemon does not wake up
         server.after(limits.VOLATILE_SECONDS, self._replies.clear)

@@ -16,12 +16,15 @@ NAME = "varlink"  # FileDescriptorName= of the socket unit (UAPI.20, "Socket Act
 
 
 def notify(*assignments: str) -> bool:
-    """Send state to the service manager (sd_notify(3)); false where there is none."""
+    """Send state to the service manager (sd_notify(3)); false where there is none, or it cannot be told."""
     if not os.environ.get("NOTIFY_SOCKET"):
         return False
     from systemd import daemon  # loads libsystemd, 5 ms: of no use without systemd
 
-    return bool(daemon.notify("\n".join(assignments)))
+    try:
+        return bool(daemon.notify("\n".join(assignments)))
+    except OSError:
+        return False  # a manager that is gone or has no room is no reason to fail a client's call
 
 
 def ready(status: str) -> bool:

@@ -39,7 +39,10 @@ class VmmLookup:
             return  # no process to be had: the builds stay as they are known
         finally:
             os.close(null)
-        ended = os.pidfd_open(child)
+        try:
+            ended = os.pidfd_open(child)
+        except OSError:
+            return  # not allowed here, or out of descriptors: what it finds counts from the next start on
 
         def take_up() -> None:
             loop.unwatch_fd(ended)

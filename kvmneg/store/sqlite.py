@@ -114,7 +114,9 @@ class SqliteStore:
 
     def _check(self, verify: Callable[[str], str], fence: FenceRow) -> None:
         """Whoever edits the database by hand, or a disk that decays, does not move the fence unseen."""
-        hint = "compare it with your copy of that fence and pin the right one again"
+        hint = (
+            "run the kvmneg that pinned it, or compare it with your copy of that fence and pin the right one"
+        )
         message = f"the stored fence of generation {fence.generation} is not the one that was pinned"
         try:
             actual = verify(fence.text)

@@ -80,32 +80,32 @@ def ask(router: Router, call: bytes, method: str, parameters: dict[str, Any]) ->
 
 def test_a_host_that_fell_below_its_fence_grants_nothing(node: Node, host: Host) -> None:
     node.pin("host", None, None, AUDIT)
-    digest = node.negotiate(V2).contract.digest
+    digest = node.negotiate(V2, PEER).contract.digest
     host.lose("cpuid:0x7.0.ebx", AVX2)
     with pytest.raises(Breached) as caught:
         node.begin(digest, VM, PEER)
     assert "avx2" in {blocker.feature for blocker in caught.value.blockers}
     assert node.state == "breached"
     with pytest.raises(Breached):
-        node.negotiate(V2)
+        node.negotiate(V2, PEER)
     assert node.store.outstanding() == []
 
 
 def test_an_offer_that_the_host_can_no_longer_keep_is_stale(node: Node, host: Host) -> None:
-    digest = node.negotiate(Request(maximum=True)).contract.digest
+    digest = node.negotiate(Request(maximum=True), PEER).contract.digest
     host.lose("cpuid:0x7.0.ebx", AVX2)
     with pytest.raises(StaleOffer, match="changed"):
         node.begin(digest, VM, PEER)
 
 
 def test_a_change_that_does_not_touch_the_contract_does_not_stop_it(node: Node, host: Host) -> None:
-    digest = node.negotiate(V2).contract.digest
+    digest = node.negotiate(V2, PEER).contract.digest
     host.lose("cpuid:0x7.0.ebx", AVX2)
     assert node.begin(digest, VM, PEER)[0].digest == digest.removeprefix("sha256:")
 
 
 def test_begin_looks_afresh(node: Node, host: Host) -> None:
-    digest = node.negotiate(V2).contract.digest
+    digest = node.negotiate(V2, PEER).contract.digest
     before = host.measured
     host.moved = True
     node.begin(digest, VM, PEER)
@@ -117,7 +117,7 @@ def test_a_host_without_kvm_is_measured_when_it_comes_back(node: Node, host: Hos
     node.refresh()
     assert node.state == "unmeasured"
     with pytest.raises(NoKvm, match="gone"):
-        node.negotiate(V2)
+        node.negotiate(V2, PEER)
     host.error = None
     node.refresh()
     assert node.state == "floating"
@@ -138,7 +138,7 @@ def test_each_measurement_that_differs_is_recorded(node: Node, host: Host) -> No
 
 
 def test_grants_expire_unstarted(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = node.negotiate(V2).contract.digest
+    digest = node.negotiate(V2, PEER).contract.digest
     _, path = node.begin(digest, VM, PEER)
     node.expire()
     assert Path(path).exists()
@@ -149,28 +149,28 @@ def test_grants_expire_unstarted(node: Node, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_started_grant_does_not_expire(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = node.negotiate(V2).contract.digest
+    digest = node.negotiate(V2, PEER).contract.digest
     _, path = node.begin(digest, VM, PEER)
-    node.started(VM, PEER, admin=False)
+    node.started(VM, PEER)
     monkeypatch.setattr(node, "_anchor", node._anchor + limits.GRANT_UNSTARTED_SECONDS + 1)
     node.expire()
     assert Path(path).exists()
 
 
 def test_a_file_lives_as_long_as_one_vm_holds_it(node: Node) -> None:
-    digest = node.negotiate(V2).contract.digest
+    digest = node.negotiate(V2, PEER).contract.digest
     second = VM[:-1] + "f"
     path = Path(node.begin(digest, VM, PEER)[1])
     node.begin(digest, second, PEER)
-    node.end(VM, PEER, admin=False)
+    node.end(VM, PEER)
     assert path.exists()
-    node.end(second, PEER, admin=False)
+    node.end(second, PEER)
     assert not path.exists()
 
 
 def test_grants_per_uid_are_limited(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "GRANTS_PER_UID", 2)
-    digest = node.negotiate(V2).contract.digest
+    digest = node.negotiate(V2, PEER).contract.digest
     for number in range(2):
         node.begin(digest, f"00000000-0000-4000-8000-00000000000{number}", PEER)
     with pytest.raises(LimitExceeded, match="GRANTS_PER_UID"):
@@ -182,7 +182,7 @@ def test_grants_per_uid_are_limited(node: Node, monkeypatch: pytest.MonkeyPatch)
 def test_the_oldest_offers_are_forgotten(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "CACHED_OFFERS", 3)
     requests = [Request(level="x86-64-v2", optional=(name,)) for name in ("rdrand", "rdseed", "adx", "smap")]
-    digests = [node.negotiate(request).contract.digest for request in requests]
+    digests = [node.negotiate(request, PEER).contract.digest for request in requests]
     assert len(set(digests)) == 4
     with pytest.raises(NoSuchContract):
         node.begin(digests[0], VM, PEER)
@@ -218,7 +218,7 @@ def test_kept_replies_are_limited(node: Node, monkeypatch: pytest.MonkeyPatch) -
     for number in range(10):
         call = b'{"method":"org.kvmneg.GetHost"}' + b" " * number + b"\0"
         ask(router, call, "org.kvmneg.GetHost", {})
-        assert len(router._known) <= 4
+        assert len(router._known.values) <= 4
     assert router.cached(call) is not None
 
 
