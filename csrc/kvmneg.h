@@ -113,10 +113,15 @@ struct kvmneg_cpuid {
         struct kvmneg_cpuid_entry entries[];
 };
 
+enum {
+        KVMNEG_MSR_UNREAD = 1, /* KVM lists it and does not let it be read; the value is 0 then */
+        KVMNEG_MSR_UNSET = 2,  /* KVM did not take the value it was given */
+};
+
 /* One feature MSR; laid out as struct kvm_msr_entry. */
 struct kvmneg_msr {
         uint32_t index;
-        uint32_t refused; /* 1: KVM lists it and does not let it be read; the value is 0 then */
+        uint32_t refused; /* 0, or KVMNEG_MSR_* joined */
         uint64_t value;
 };
 
@@ -142,6 +147,19 @@ int kvmneg_get_hyperv_cpuid(int kvm_fd, int vcpu_fd, uint32_t hint, struct kvmne
 /* Feature MSRs and their values: KVM_GET_MSR_FEATURE_INDEX_LIST (api.rst 4.3), KVM_GET_MSRS on /dev/kvm (4.18).
  * A listed MSR that KVM refuses to read is marked, not an error. Release with kvmneg_free(). */
 int kvmneg_get_feature_msrs(int kvm_fd, uint32_t hint, struct kvmneg_msrs **ret_msrs, struct kvmneg_trace *trace);
+
+/*
+ * Whether KVM keeps what a guest is to see: gives a vCPU a table, and reads back what it would show a guest. For a
+ * vCPU that never ran and never will: until it runs, each call may give it another table. What KVM keeps by itself
+ * (OSXSAVE, sizes of XSAVE areas) comes back as KVM has it. Release with kvmneg_free().
+ *   cpuid  KVM_SET_CPUID2 and KVM_GET_CPUID2; fails as a whole with the errno of the ioctl that the trace names
+ *   msrs   KVM_SET_MSRS (api.rst 4.19) and KVM_GET_MSRS (4.18), in the order given; an MSR that KVM refuses is
+ *          marked, not an error. What `msrs` says of refusals is not looked at.
+ */
+int kvmneg_try_cpuid(int vcpu_fd, const struct kvmneg_cpuid *cpuid, struct kvmneg_cpuid **ret_shown,
+                     struct kvmneg_trace *trace);
+int kvmneg_try_msrs(int vcpu_fd, const struct kvmneg_msrs *msrs, struct kvmneg_msrs **ret_shown,
+                    struct kvmneg_trace *trace);
 
 /* XSAVE components a guest can be given: KVM_X86_XCOMP_GUEST_SUPP by KVM_GET_DEVICE_ATTR on /dev/kvm (api.rst 4.80),
  * from Linux 5.17; -EINVAL, -ENOTTY or -ENXIO before. Bits as in XCR0. */

@@ -31,6 +31,9 @@ static const struct {
         NAME(KVM_GET_SUPPORTED_HV_CPUID),
         NAME(KVM_GET_MSR_FEATURE_INDEX_LIST),
         NAME(KVM_GET_MSRS),
+        NAME(KVM_SET_MSRS),
+        NAME(KVM_SET_CPUID2),
+        NAME(KVM_GET_CPUID2),
         NAME(KVM_GET_DEVICE_ATTR),
 #elif defined(__aarch64__)
         NAME(KVM_ARM_PREFERRED_TARGET),

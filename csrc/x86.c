@@ -18,7 +18,7 @@ static_assert(offsetof(struct kvmneg_cpuid, entries) == offsetof(struct kvm_cpui
 static_assert(sizeof(struct kvmneg_msr) == sizeof(struct kvm_msr_entry), "layout");
 static_assert(offsetof(struct kvmneg_msr, value) == offsetof(struct kvm_msr_entry, data), "layout");
 
-/* One of the three ioctls that fill a struct kvm_cpuid2, with a table that grows. */
+/* One of the four ioctls that fill a struct kvm_cpuid2, with a table that grows. */
 static int get_cpuid(int fd, unsigned long request, uint32_t hint, struct kvmneg_cpuid **ret_cpuid,
                      struct kvmneg_trace *trace) {
         uint32_t capacity = hint > 0 ? hint : CPUID_HINT;
@@ -97,27 +97,42 @@ static int list_feature_msrs(int kvm_fd, uint32_t hint, struct kvm_msr_list **re
         return -E2BIG;
 }
 
+struct msr_batch {
+        struct kvm_msrs head;
+        struct kvm_msr_entry entries[KVMNEG_MSRS_PER_CALL];
+};
+
+/* Copies the next MSRs, from `done` on, and returns how many these are. */
+static uint32_t fill_batch(struct msr_batch *batch, const struct kvmneg_msrs *msrs, uint32_t done) {
+        uint32_t n = msrs->count - done;
+
+        if (n > KVMNEG_MSRS_PER_CALL)
+                n = KVMNEG_MSRS_PER_CALL;
+        batch->head = (struct kvm_msrs) { .nmsrs = n };
+        for (uint32_t i = 0; i < n; i++)
+                batch->entries[i] = (struct kvm_msr_entry) { .index = msrs->entries[done + i].index,
+                                                             .data = msrs->entries[done + i].value };
+        return n;
+}
+
+static void mark_refused(struct kvmneg_msrs *msrs, uint32_t i, uint32_t how) {
+        if (msrs->entries[i].refused == 0)
+                msrs->refused++;
+        msrs->entries[i].refused |= how;
+}
+
 /*
  * Reads the values of `msrs`, KVMNEG_MSRS_PER_CALL at a time. KVM_GET_MSRS stops at the first MSR it refuses and
  * returns how many it read: that one is marked, and reading goes on behind it.
  */
-static int read_feature_msrs(int kvm_fd, struct kvmneg_msrs *msrs, struct kvmneg_trace *trace) {
-        struct {
-                struct kvm_msrs head;
-                struct kvm_msr_entry entries[KVMNEG_MSRS_PER_CALL];
-        } batch;
+static int read_msrs(int fd, struct kvmneg_msrs *msrs, struct kvmneg_trace *trace) {
+        struct msr_batch batch;
         uint32_t done = 0;
 
         while (done < msrs->count) {
-                uint32_t n = msrs->count - done;
-                int r;
+                uint32_t n = fill_batch(&batch, msrs, done);
+                int r = ioctl_pointer(fd, KVM_GET_MSRS, &batch, trace);
 
-                if (n > KVMNEG_MSRS_PER_CALL)
-                        n = KVMNEG_MSRS_PER_CALL;
-                batch.head = (struct kvm_msrs) { .nmsrs = n };
-                for (uint32_t i = 0; i < n; i++)
-                        batch.entries[i] = (struct kvm_msr_entry) { .index = msrs->entries[done + i].index };
-                r = ioctl_pointer(kvm_fd, KVM_GET_MSRS, &batch, trace);
                 if (r < 0)
                         return r;
                 if ((uint32_t) r > n)
@@ -126,9 +141,29 @@ static int read_feature_msrs(int kvm_fd, struct kvmneg_msrs *msrs, struct kvmneg
                         msrs->entries[done + i].value = batch.entries[i].data;
                 done += (uint32_t) r;
                 if ((uint32_t) r < n) {
-                        msrs->entries[done++].refused = 1;
-                        msrs->refused++;
+                        msrs->entries[done].value = 0;
+                        mark_refused(msrs, done++, KVMNEG_MSR_UNREAD);
                 }
+        }
+        return 0;
+}
+
+/* Gives a vCPU the values of `msrs`; KVM_SET_MSRS counts as KVM_GET_MSRS does. */
+static int write_msrs(int vcpu_fd, struct kvmneg_msrs *msrs, struct kvmneg_trace *trace) {
+        struct msr_batch batch;
+        uint32_t done = 0;
+
+        while (done < msrs->count) {
+                uint32_t n = fill_batch(&batch, msrs, done);
+                int r = ioctl_pointer(vcpu_fd, KVM_SET_MSRS, &batch, trace);
+
+                if (r < 0)
+                        return r;
+                if ((uint32_t) r > n)
+                        return -EPROTO;
+                done += (uint32_t) r;
+                if ((uint32_t) r < n)
+                        mark_refused(msrs, done++, KVMNEG_MSR_UNSET);
         }
         return 0;
 }
@@ -150,7 +185,7 @@ int kvmneg_get_feature_msrs(int kvm_fd, uint32_t hint, struct kvmneg_msrs **ret_
         for (uint32_t i = 0; i < msrs->count; i++)
                 msrs->entries[i].index = list->indices[i];
         free(list);
-        r = read_feature_msrs(kvm_fd, msrs, trace);
+        r = read_msrs(kvm_fd, msrs, trace);
         if (r < 0) {
                 free(msrs);
                 return r;
@@ -171,6 +206,54 @@ int kvmneg_get_xcomp_guest_supp(int kvm_fd, uint64_t *ret_components, struct kvm
         if (r < 0)
                 return r;
         *ret_components = components;
+        return 0;
+}
+
+int kvmneg_try_cpuid(int vcpu_fd, const struct kvmneg_cpuid *cpuid, struct kvmneg_cpuid **ret_shown,
+                     struct kvmneg_trace *trace) {
+        static const struct kvmneg_cpuid_entry nothing = {};
+        struct kvmneg_cpuid *shown;
+        int r;
+
+        if (cpuid->count > KVMNEG_CPUID_ENTRIES_MAX)
+                return -E2BIG;
+        /* KVM only reads it; its type in the kernel's header is not const */
+        r = kvmneg_internal_ioctl(vcpu_fd, KVM_SET_CPUID2, (unsigned long) (uintptr_t) cpuid, trace);
+        if (r < 0)
+                return r;
+        r = get_cpuid(vcpu_fd, KVM_GET_CPUID2, 0, &shown, trace);
+        if (r < 0)
+                return r;
+        /* Linux 6.1 leaves the count at what there was room for; the rest is as we made it, zero. If an entry of
+         * zeros was set at the end, it is no loss: a leaf that is missing reads zero. */
+        while (shown->count > 0 && memcmp(&shown->entries[shown->count - 1], &nothing, sizeof(nothing)) == 0)
+                shown->count--;
+        *ret_shown = shown;
+        return 0;
+}
+
+int kvmneg_try_msrs(int vcpu_fd, const struct kvmneg_msrs *msrs, struct kvmneg_msrs **ret_shown,
+                    struct kvmneg_trace *trace) {
+        struct kvmneg_msrs *shown;
+        int r;
+
+        if (msrs->count > KVMNEG_MSRS_MAX)
+                return -E2BIG;
+        shown = kvmneg_internal_table(sizeof(*shown), msrs->count, sizeof(shown->entries[0]));
+        if (!shown)
+                return -ENOMEM;
+        shown->count = msrs->count;
+        for (uint32_t i = 0; i < msrs->count; i++)
+                shown->entries[i] = (struct kvmneg_msr) { .index = msrs->entries[i].index,
+                                                          .value = msrs->entries[i].value };
+        r = write_msrs(vcpu_fd, shown, trace);
+        if (r >= 0)
+                r = read_msrs(vcpu_fd, shown, trace);
+        if (r < 0) {
+                free(shown);
+                return r;
+        }
+        *ret_shown = shown;
         return 0;
 }
 

@@ -48,6 +48,9 @@ def kvm() -> dict[str, int]:
         "KVM_GET_EMULATED_CPUID": IOWR(_KVMIO, 0x09, layouts["kvm_cpuid2"]),
         "KVM_GET_MSR_FEATURE_INDEX_LIST": IOWR(_KVMIO, 0x0A, layouts["kvm_msr_list"]),
         "KVM_GET_MSRS": IOWR(_KVMIO, 0x88, layouts["kvm_msrs"]),
+        "KVM_SET_MSRS": IOW(_KVMIO, 0x89, layouts["kvm_msrs"]),
+        "KVM_SET_CPUID2": IOW(_KVMIO, 0x90, layouts["kvm_cpuid2"]),
+        "KVM_GET_CPUID2": IOWR(_KVMIO, 0x91, layouts["kvm_cpuid2"]),
         "KVM_GET_SUPPORTED_HV_CPUID": IOWR(_KVMIO, 0xC1, layouts["kvm_cpuid2"]),
         # arm64
         "KVM_GET_ONE_REG": IOW(_KVMIO, 0xAB, layouts["kvm_one_reg"]),

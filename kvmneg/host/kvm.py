@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from itertools import starmap
 from struct import Struct
 from typing import NamedTuple
 
@@ -19,11 +20,11 @@ from kvmneg.host.nokvm import busy, explain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
     from typing import Any, Self
 
-_EBUSY = 16
+_EPERM, _E2BIG, _EBUSY, _EINVAL = 1, 7, 16, 22
 _ENTRY = Struct("=7I12x")  # struct kvmneg_cpuid_entry
 _MSR = Struct("=IIQ")  # struct kvmneg_msr
 _CAPABILITIES = Struct(f"={lib.KVMNEG_CAPABILITIES}i")
@@ -45,6 +46,14 @@ class CpuidEntry(NamedTuple):
 
 # CpuidEntry._make without its check of the length: there are sixty of them in each measurement
 _cpuid_entry = partial(tuple.__new__, CpuidEntry)
+
+
+class MsrShown(NamedTuple):
+    """What a vCPU has of an MSR after KVM_SET_MSRS: its 64-bit value, 0 where KVM does not let it be read."""
+
+    value: int
+    unread: bool  # KVM refuses to read it
+    unset: bool  # KVM refused the value it was given
 
 
 class Scratch(NamedTuple):
@@ -232,7 +241,7 @@ class Kvm:
         """
         return self._cpuid(lib.kvmneg_get_hyperv_cpuid, self.fd, scratch.vcpu if scratch else -1, hint)
 
-    def _cpuid(self, function: Callable[..., int], *arguments: int) -> list[CpuidEntry]:
+    def _cpuid(self, function: Callable[..., int], *arguments: Any) -> list[CpuidEntry]:
         table = ffi.new("struct kvmneg_cpuid **")
         self._call(function, *arguments, table)
         try:
@@ -246,6 +255,38 @@ class Kvm:
         self._call(lib.kvmneg_get_feature_msrs, self.fd, hint, table)
         try:
             return _msrs(table[0])
+        finally:
+            lib.kvmneg_free(table[0])
+
+    def try_cpuid(self, scratch: Scratch, entries: Sequence[CpuidEntry]) -> list[CpuidEntry] | None:
+        """What a vCPU that never ran shows of a table it is given (KVM_SET_CPUID2, KVM_GET_CPUID2).
+
+        None where KVM refuses the table (EINVAL, E2BIG, EPERM).
+        """
+        given = ffi.new("struct kvmneg_cpuid *", {"count": len(entries), "entries": len(entries)})
+        rows = b"".join(starmap(_ENTRY.pack, entries))
+        ffi.buffer(given.entries, len(rows))[:] = rows
+        try:
+            return self._cpuid(lib.kvmneg_try_cpuid, scratch.vcpu, given)
+        except KvmFault as error:
+            fault = error.fields["ioctl"], error.fields["errno"]
+            if fault[0] == "KVM_SET_CPUID2" and fault[1] in (_EINVAL, _E2BIG, _EPERM):
+                return None
+            raise
+
+    def try_msrs(self, scratch: Scratch, values: Mapping[int, int]) -> dict[int, MsrShown]:
+        """What a vCPU has of MSRs it is given, by index (KVM_SET_MSRS, KVM_GET_MSRS; api.rst 4.19, 4.18)."""
+        given = ffi.new("struct kvmneg_msrs *", {"count": len(values), "entries": len(values)})
+        rows = b"".join(_MSR.pack(index, 0, value) for index, value in values.items())
+        ffi.buffer(given.entries, len(rows))[:] = rows
+        table = ffi.new("struct kvmneg_msrs **")
+        self._call(lib.kvmneg_try_msrs, scratch.vcpu, given, table)
+        try:
+            shown = ffi.buffer(table[0].entries, table[0].count * _MSR.size)
+            return {
+                index: MsrShown(value, bool(how & lib.KVMNEG_MSR_UNREAD), bool(how & lib.KVMNEG_MSR_UNSET))
+                for index, how, value in _MSR.iter_unpack(shown)
+            }
         finally:
             lib.kvmneg_free(table[0])
 

@@ -87,21 +87,24 @@ class Measurer:
         return Report(ARCHITECTURE, measured=measured, combo=combo, **parts)
 
     def _x86(self, classes: list[CpuClass]) -> dict[str, Any]:
-        from kvmneg.host import x86  # its twin is for the other architecture
+        from kvmneg.host import enforcement, x86  # their twins are for the other architecture
 
+        decoder = x86.decoder()
         representatives = _representatives(classes)
         with Kvm.open(self._path) as kvm, kvm.scratch() as scratch:
             if len(representatives) < 2:
                 probes = [kvm.probe(scratch)]
             else:
                 probes = [_probe_on(cpu, kvm, scratch) for cpu in representatives]
+            offer = x86.met([decoder.offer(probe) for probe in probes])
+            graded = enforcement.grades(kvm, scratch, probes[0], offer)
         if self._silicon is None or self._silicon[0] != classes:
             self._silicon = classes, [raw_cpuid(cpu) for cpu in representatives]
-        decoder = x86.decoder()
         return {
-            "identity": x86.identity(probes[0].supported),
-            "offer": x86.met([decoder.offer(probe) for probe in probes]),
+            "identity": {**x86.identity(probes[0].supported), **_flags(classes)},
+            "offer": offer,
             "silicon": x86.silicon_of(self._silicon[1]),
+            "enforcement": graded,
         }
 
     def _arm64(self, classes: list[CpuClass]) -> dict[str, Any]:
@@ -127,6 +130,12 @@ def _feature_msrs(path: str) -> object:
     """KVM's feature MSRs, for comparison. Raises NoKvm, KvmFault."""
     with Kvm.open(path) as kvm:
         return kvm.feature_msrs() if ARCHITECTURE == X86_64 else None
+
+
+def _flags(classes: Sequence[CpuClass]) -> dict[str, str]:
+    """What Linux itself uses of the CPU: it explains what microcode or the command line took away."""
+    flags = software.common_flags(one.flags for one in classes) if classes else ""
+    return {"flags": flags} if flags else {}
 
 
 def _representatives(classes: Sequence[CpuClass]) -> list[int]:

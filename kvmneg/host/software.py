@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
 UNREADABLE = "unreadable"
@@ -49,10 +49,11 @@ class Roots(NamedTuple):
 
 
 class CpuClass(NamedTuple):
-    """CPUs that are alike: their identity as /proc/cpuinfo has it, and their numbers."""
+    """CPUs that are alike: their identity as /proc/cpuinfo has it, their numbers, and (x86) the flags all have."""
 
     identity: dict[str, str]
     cpus: tuple[int, ...]
+    flags: str = ""
 
 
 def read(path: str, limit: int = _FILE_BYTES) -> str | None:
@@ -83,6 +84,7 @@ def cpu_classes(roots: Roots = Roots()) -> list[CpuClass]:  # noqa: B008 (immuta
     """The kinds of CPU that are online, in the order of their first CPU; none without /proc/cpuinfo."""
     text = read(f"{roots.proc}/cpuinfo", _CPUINFO_BYTES)
     kinds: dict[tuple[str, ...], tuple[dict[str, str], list[int]]] = {}
+    flags: dict[tuple[str, ...], str] = {}
     for block in (text or "").split("\n\n"):
         if not block.startswith("processor"):
             continue
@@ -92,8 +94,18 @@ def cpu_classes(roots: Roots = Roots()) -> list[CpuClass]:  # noqa: B008 (immuta
         if values not in kinds:
             names = (name for name, _ in table)
             kinds[values] = {name: value for name, value in zip(names, values, strict=True) if value}, []
+            flags[values] = _field(block, "flags")
+        elif (others := _field(block, "flags")) != flags[values]:
+            flags[values] = common_flags((flags[values], others))
         kinds[values][1].append(int(number) if number.isdecimal() else 0)
-    return [CpuClass(identity, tuple(cpus)) for identity, cpus in kinds.values()]
+    return [CpuClass(identity, tuple(cpus), flags[values]) for values, (identity, cpus) in kinds.items()]
+
+
+def common_flags(lines: Iterable[str]) -> str:
+    """The flags that are in all lines, in the first one's order."""
+    first, *others = lines
+    kept = set(first.split()).intersection(*(line.split() for line in others))
+    return " ".join(flag for flag in first.split() if flag in kept)
 
 
 def _field(block: str, name: str) -> str:

@@ -25,6 +25,7 @@
 #define CPUIDS 5
 #define MSRS 300 /* more than one KVM_GET_MSRS takes */
 #define REFUSED_MSR 7
+#define UNSET_MSR 260 /* in the second batch */
 #define REGISTERS 1500 /* more than the library's first guess */
 
 /* -- the fault to make, and what was counted -------------------------------------------------------------- */
@@ -85,6 +86,40 @@ static int fake_cpuid(struct kvm_cpuid2 *table) {
         return 0;
 }
 
+/* A vCPU that keeps its table and adds a leaf; like Linux 6.1 it does not say how many entries it wrote. */
+static struct kvm_cpuid_entry2 kept[CPUIDS + 1];
+static unsigned kept_count;
+
+static int fake_set_cpuid(const struct kvm_cpuid2 *table) {
+        for (kept_count = 0; kept_count < table->nent && kept_count < CPUIDS; kept_count++)
+                kept[kept_count] = table->entries[kept_count];
+        kept[kept_count++] = (struct kvm_cpuid_entry2) { .function = 7, .ebx = 1 };
+        return 0;
+}
+
+static int fake_get_cpuid(struct kvm_cpuid2 *table) {
+        if (kind == LIE)
+                return fake_cpuid(table);
+        if (table->nent < kept_count)
+                return fail(E2BIG);
+        memcpy(table->entries, kept, kept_count * sizeof(kept[0]));
+        return 0;
+}
+
+static uint64_t given[MSRS];
+
+static int fake_set_msrs(const struct kvm_msrs *msrs) {
+        unsigned i;
+
+        if (msrs->nmsrs >= 256) /* MAX_IO_MSRS */
+                return fail(E2BIG);
+        if (kind == LIE)
+                return (int) msrs->nmsrs + 1;
+        for (i = 0; i < msrs->nmsrs && msrs->entries[i].index != 1000 + UNSET_MSR; i++)
+                given[msrs->entries[i].index - 1000] = msrs->entries[i].data;
+        return (int) i;
+}
+
 static int fake_msr_list(struct kvm_msr_list *list) {
         unsigned room = list->nmsrs;
 
@@ -119,6 +154,12 @@ static int fake_architecture(int fd, unsigned long request, void *argument) {
                 return fake_msr_list(argument);
         case KVM_GET_MSRS:
                 return fake_msrs(argument);
+        case KVM_SET_MSRS:
+                return fake_set_msrs(argument);
+        case KVM_SET_CPUID2:
+                return fake_set_cpuid(argument);
+        case KVM_GET_CPUID2:
+                return fake_get_cpuid(argument);
         case KVM_GET_DEVICE_ATTR:
                 *(uint64_t *) (uintptr_t) ((struct kvm_device_attr *) argument)->addr = 0xe7;
                 return 0;
@@ -296,6 +337,53 @@ static int run_one(bool *ret_touched, struct kvmneg_trace *trace) {
         *ret_touched = components != 77;
         return r == 0 && components != 0xe7 ? -EILSEQ : r;
 }
+
+static int run_try_cpuid(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct {
+                struct kvmneg_cpuid head;
+                struct kvmneg_cpuid_entry entries[2];
+        } table = { { .count = 2 }, { { .function = 1, .eax = 5 }, { .function = 2, .edx = 6 } } };
+        struct kvmneg_cpuid *shown = UNTOUCHED;
+        int r = kvmneg_try_cpuid(99, &table.head, &shown, trace);
+
+        *ret_touched = shown != UNTOUCHED;
+        if (r < 0)
+                return r;
+        if (shown->count != 3 || shown->entries[0].eax != 5 || shown->entries[1].edx != 6 ||
+            shown->entries[2].function != 7 || shown->entries[2].ebx != 1)
+                r = -EILSEQ;
+        kvmneg_free(shown);
+        return r;
+}
+
+/* The fake reads an MSR's index, shifted, whatever it was given: the library shows what was read. */
+static int run_try_msrs(bool *ret_touched, struct kvmneg_trace *trace) {
+        static struct {
+                struct kvmneg_msrs head;
+                struct kvmneg_msr entries[MSRS];
+        } table;
+        struct kvmneg_msrs *shown = UNTOUCHED;
+        int r;
+
+        table.head.count = MSRS;
+        for (unsigned i = 0; i < MSRS; i++)
+                table.entries[i] = (struct kvmneg_msr) { .index = 1000 + i, .value = i + 1 };
+        r = kvmneg_try_msrs(99, &table.head, &shown, trace);
+        *ret_touched = shown != UNTOUCHED;
+        if (r < 0)
+                return r;
+        r = shown->count == MSRS && shown->refused == 2 ? 0 : -EILSEQ;
+        for (unsigned i = 0; i < MSRS && r == 0; i++) {
+                uint32_t refused = i == REFUSED_MSR ? KVMNEG_MSR_UNREAD : i == UNSET_MSR ? KVMNEG_MSR_UNSET : 0;
+                uint64_t value = i == REFUSED_MSR ? 0 : (1000 + i) * UINT64_C(0x100000000);
+                if (shown->entries[i].refused != refused || shown->entries[i].value != value ||
+                    (i != UNSET_MSR && given[i] != i + 1))
+                        r = -EILSEQ;
+        }
+        kvmneg_free(shown);
+        return r;
+}
+
 #define LIST_REQUEST KVM_GET_MSR_FEATURE_INDEX_LIST
 #elif defined(__aarch64__)
 static int run_list(bool *ret_touched, struct kvmneg_trace *trace) {
@@ -329,6 +417,7 @@ static const struct {
         { "one", run_one },
 #if defined(__x86_64__)
         { "supported", run_supported }, { "hyperv", run_hyperv },
+        { "try_cpuid", run_try_cpuid }, { "try_msrs", run_try_msrs },
 #endif
 };
 #define SCENARIOS (sizeof(scenarios) / sizeof(scenarios[0]))

@@ -110,7 +110,13 @@ def test_too_small(faults: Path) -> None:
     for run in (run for run in found if run.kind == "error"):
         if run.failed.endswith("_CPUID"):
             assert run.result == 0, run
-        elif run.failed in ("KVM_CHECK_EXTENSION", "KVM_CREATE_VM", "KVM_CREATE_VCPU", "KVM_GET_MSRS"):
+        elif run.failed in (
+            "KVM_CHECK_EXTENSION",
+            "KVM_CREATE_VM",
+            "KVM_CREATE_VCPU",
+            "KVM_GET_MSRS",
+            "KVM_SET_CPUID2",
+        ):
             assert run.result == -errno.E2BIG, run
 
 
@@ -139,6 +145,8 @@ def test_stubborn(faults: Path) -> None:
         assert by_name["always", "supported"].result == -errno.E2BIG
         assert by_name["always", "supported"].ioctls == 13  # 1, 2, 4 … 4096 entries
         assert by_name["lie", "supported"].result == -errno.EPROTO
+        assert by_name["lie", "try_cpuid"].result == -errno.EPROTO
+        assert by_name["lie", "try_msrs"].result == -errno.EPROTO
 
 
 def test_null_and_negative(faults: Path) -> None:
