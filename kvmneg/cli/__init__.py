@@ -26,6 +26,7 @@ BROKEN_PIPE = 141
 COMMANDS = {
     "host": ("host", "what this host's KVM offers to guests"),
     "features": ("features", "the features kvmneg knows, and which of them this host has"),
+    "explain": ("explain", "what a feature is, and who holds it back here and in a pool"),
     "negotiate": ("negotiate", "ask for a contract: what may this guest see?"),
     "check": ("check", "may a guest with these features, or this contract, come to this host?"),
     "baseline": ("baseline", "what all hosts of a pool offer, and who holds what back"),
@@ -48,6 +49,7 @@ def command_module(command: str) -> ModuleType:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (kvmneg(1), EXIT STATUS)."""
+    _open_what_is_closed()
     words = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in words
     try:
@@ -77,7 +79,7 @@ def _run(words: list[str]) -> int:
         word = words.pop(0)
         name, equals, _value = word.partition("=")
         if word in ("-h", "--help"):
-            print(_help())
+            _print_help()
             return 0
         if word == "--version":
             from kvmneg import __version__
@@ -100,25 +102,34 @@ def _run(words: list[str]) -> int:
         raise UsageError(f"no command is called {command!r}", hint=f"there are {', '.join(COMMANDS)}")
     from kvmneg.cli.arguments import parser_of
 
-    arguments = parser_of(command).parse_args([*before, *words])
+    try:
+        arguments = parser_of(command).parse_args([*before, *words])
+    except SystemExit:
+        return 0  # --help: mistakes are UsageError
     status: int = arguments.run(arguments)
     return status
 
 
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    rows = (f"  {command:<{width}}  {what}" for command, (_module, what) in COMMANDS.items())
-    return "\n".join(
-        (
-            "usage: kvmneg [--socket PATH] [--json] COMMAND …",
-            "",
-            "Negotiate which CPU and KVM features a guest may see, so that it can still move.",
-            "",
-            *rows,
-            "",
-            "`kvmneg COMMAND --help` tells a command's options, kvmneg(1) the rest.",
-        )
-    )
+def _print_help() -> None:
+    from kvmneg.cli.output import Screen
+
+    screen = Screen()
+    screen.paragraph("usage: kvmneg [--socket PATH] [--json] COMMAND …")
+    screen.line()
+    screen.paragraph("Negotiate which CPU and KVM features a guest may see, so that it can still move.")
+    screen.line()
+    for command, (_module, what) in COMMANDS.items():
+        screen.words(command, what.split(" "), column=2 + max(map(len, COMMANDS)) + 2)
+    screen.line()
+    screen.paragraph("`kvmneg COMMAND --help` tells a command's options, kvmneg(1) the rest.")
+
+
+def _open_what_is_closed() -> None:
+    """Standard streams that the caller closed become /dev/null: no file or socket may get their numbers."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is its own
+            setattr(sys, name, os.fdopen(nowhere, "r" if name == "stdin" else "w", encoding="utf-8"))
 
 
 def _fail(error: KvmnegError, as_json: bool) -> int:
@@ -134,7 +145,18 @@ def _fail(error: KvmnegError, as_json: bool) -> int:
             _explain(error)
     except BrokenPipeError:
         silence_output()
+    except OSError as full:
+        silence_output()
+        _explain_somehow(error, full)
     return error.exit_code
+
+
+def _explain_somehow(error: KvmnegError, full: OSError) -> None:
+    """A failure whose words found no room: what went wrong first, and why that is not where it belongs."""
+    try:
+        sys.stderr.write(f"kvmneg: {error.message}\nkvmneg: cannot write the output: {full.strerror}\n")
+    except OSError:
+        pass  # no room on standard error either: the exit status is left
 
 
 def failure(error: KvmnegError) -> dict[str, object]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from kvmneg.cli import COMMANDS, SOCKET, command_module
@@ -11,16 +12,19 @@ from kvmneg.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
     from kvmneg.policy.request import Request
 
 
 class _Help(argparse.HelpFormatter):
-    """Of a fixed width: asking for the terminal's imports shutil, 2 ms of every start."""
+    """As wide as all other output: argparse's own way to ask imports shutil, 2 ms of every start."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=100)
+        from kvmneg.cli.output import Screen
+
+        super().__init__(prog, max_help_position=30, width=Screen().width)
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +40,16 @@ class Parser(argparse.ArgumentParser):
     def common(self) -> None:
         """The options that every command has."""
         self.add_argument("--json", action="store_true", help="print JSON, as kvmneg(1) describes it")
-        self.add_argument("--socket", metavar="PATH", default=SOCKET, help=f"the daemon's socket ({SOCKET})")
+        self.add_argument(
+            "--socket", metavar="PATH", type=file_name, default=SOCKET, help=f"the daemon's socket ({SOCKET})"
+        )
+
+    def print_help(self, file: object = None) -> None:
+        from kvmneg.cli.output import Screen
+
+        screen = Screen()
+        for row in self.format_help().splitlines():
+            screen.line(row)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see {self.prog} --help")
@@ -56,14 +69,44 @@ def parser_of(command: str) -> Parser:
     return parser
 
 
+def utf8(text: str) -> str:
+    """An argument that is passed on as text, whatever the locale. Raises ArgumentTypeError where it is none."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise argparse.ArgumentTypeError("it is not UTF-8") from None
+
+
+def file_name(text: str) -> str:
+    """An argument that names a file: "" is a variable that was not set. Raises ArgumentTypeError."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
+def number(least: int, most: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number within bounds."""
+
+    def parse(text: str) -> int:
+        digits = text.removeprefix("-")
+        if digits.isascii() and digits.isdigit() and len(digits) < 20 and least <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from {least} to {most}")
+
+    return parse
+
+
 def _names(text: str) -> list[str]:
     """A list of names from one argument: commas between them."""
-    return [name for name in text.split(",") if name]
+    names = [name.strip() for name in utf8(text).split(",")]
+    if not any(names):
+        raise argparse.ArgumentTypeError("it names no feature; leave the option out to ask for none")
+    return [name for name in names if name]
 
 
 def add_request(parser: Parser) -> None:
-    """The flags of a request: --max, --level, --require, --optional, --exact."""
-    group = parser.add_argument_group("what is asked for (x86-64-v1 if nothing is said)")
+    """The flags of a request: --max, --level, --require, --optional, --exact, --vmm."""
+    group = parser.add_argument_group("what is asked for", "x86-64-v1 if nothing is said")
     group.add_argument("--max", action="store_true", help="everything that host and fence allow")
     group.add_argument("--level", metavar="NAME", help="a psABI level and what a guest boots with: x86-64-v2")
     group.add_argument(
@@ -85,6 +128,17 @@ def add_request(parser: Parser) -> None:
         default=None,
         help="these features, nothing else",
     )
+    group.add_argument(
+        "--require-enforced", action="store_true", help="no, unless KVM was seen to keep to every word"
+    )
+    add_vmm(parser)
+
+
+def add_vmm(parser: Parser) -> None:
+    """The option --vmm."""
+    parser.add_argument(
+        "--vmm", metavar="NAME", help="what will run the guest: qemu, qemu-10.0, firecracker, generic"
+    )
 
 
 def has_request(arguments: argparse.Namespace) -> bool:
@@ -103,4 +157,6 @@ def request_of(arguments: argparse.Namespace) -> Request:
         require=tuple(arguments.require),
         optional=tuple(arguments.optional),
         exact=None if arguments.exact is None else tuple(arguments.exact),
+        vmm=arguments.vmm,
+        require_enforced=arguments.require_enforced,
     )

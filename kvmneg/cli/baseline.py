@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show(screen: Screen, reports: Sequence[Report], met: FeatureSet, held: Sequence[Holder]) -> None:
+    from kvmneg.cli.host import impossible
     from kvmneg.features import catalog, words
 
     table = catalog.names(met.architecture)
@@ -82,6 +83,10 @@ def _show(screen: Screen, reports: Sequence[Report], met: FeatureSet, held: Sequ
         screen.head(f"held back: {count(len(held), 'feature')}")
     for hosts, features in sorted(groups.items(), key=lambda row: len(row[0])):
         more = f" and {len(hosts) - _NAMED_HOSTS} more" if len(hosts) > _NAMED_HOSTS else ""
-        screen.line(f"  by {', '.join(hosts[:_NAMED_HOSTS])}{more}" if hosts else "  by rule")
+        who = f"by {', '.join(hosts[:_NAMED_HOSTS])}{more}" if hosts else "by rule"
+        if len(hosts) == len(reports):
+            who = "by all: they must have the same, and differ"
+        screen.paragraph(who, indent=2)
         screen.words("", features, indent=4, column=4)
+    impossible(screen, reports)
     screen.scope(SCOPE)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvmneg.features.difference import Blocker
     from kvmneg.policy.contract import Contract
 
-_Verdict = tuple["tuple[Blocker, ...]", list[str]]
+_Verdict = tuple["tuple[Blocker, ...]", list[str], "str | None"]  # blockers, scope, the contract's grade
 
 
 def options(parser: Parser) -> None:
@@ -32,28 +32,42 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.contract and options_of.has_request(arguments):
         raise UsageError("--contract says it all: leave the request's flags out")
-    subject = arguments.contract or options_of.request_of(arguments).describe()
-    blockers, scope = _by_contract(arguments) if arguments.contract else _by_request(arguments)
+    subject = options_of.request_of(arguments).describe()
+    if arguments.contract:
+        subject = f"the contract {arguments.contract}"
+    blockers, scope, grade = _by_contract(arguments) if arguments.contract else _by_request(arguments)
     if blockers:
-        raise Blocked(f"a guest with {subject} may not come here", blockers, fits=False, scope=scope)
+        there = _where(arguments)
+        raise Blocked(f"a guest with {subject} may not come {there}", blockers, fits=False, scope=scope)
     if arguments.json:
-        print_json({"fits": True, "blockers": [], "scope": scope})
+        print_json({"fits": True, "blockers": [], "grade": grade, "scope": scope})
         return 0
     screen = Screen()
     if arguments.report:
         from kvmneg.cli import files
 
         sources.label(screen, files.report(arguments.report))
-    screen.line(f"{screen.good('yes')}: a guest with {subject} may come here")
+    screen.line(f"{screen.good('yes')}: a guest with {subject} may come {_where(arguments)}")
+    requests.show_grade(screen, grade)
     screen.scope(scope)
     return 0
 
 
+def _where(arguments: argparse.Namespace) -> str:
+    """The host that was judged, as a sentence names it."""
+    if not arguments.report:
+        return "here"
+    from kvmneg.cli import files
+
+    return f"to {files.report(arguments.report).host}"
+
+
 def _by_contract(arguments: argparse.Namespace) -> _Verdict:
-    from kvmneg.policy import negotiation
+    from kvmneg.policy import grade, negotiation
     from kvmneg.policy.contract import SCOPE
 
-    if not arguments.report and _digest_of(arguments):
+    alone = arguments.vmm or arguments.require_enforced  # the daemon's Check takes no more than a digest
+    if not arguments.report and not alone and _digest_of(arguments):
         return _daemon(arguments, digest=sources.full_digest(arguments.contract))
     contract = _contract(arguments)
     if arguments.report:
@@ -62,7 +76,10 @@ def _by_contract(arguments: argparse.Namespace) -> _Verdict:
         report = files.report(arguments.report)
     else:
         report = sources.daemon_report(arguments)
-    return negotiation.check(contract, report), list(SCOPE)
+    blockers = list(negotiation.check(contract, report, arguments.vmm))
+    if arguments.require_enforced:
+        blockers += grade.blockers(contract.granted, report)
+    return tuple(blockers), list(SCOPE), grade.of(contract.granted, report)
 
 
 def _digest_of(arguments: argparse.Namespace) -> bool:
@@ -86,8 +103,8 @@ def _by_request(arguments: argparse.Namespace) -> _Verdict:
     from kvmneg.policy import negotiation
     from kvmneg.policy.contract import SCOPE
 
-    negotiation.check_request(request, files.report(arguments.report))  # raises Blocked with every reason
-    return (), list(SCOPE)
+    answer = negotiation.check_request(request, files.report(arguments.report))  # raises with every reason
+    return (), list(SCOPE), answer.contract.grade
 
 
 def _daemon(arguments: argparse.Namespace, **parameters: Any) -> _Verdict:
@@ -99,4 +116,4 @@ def _daemon(arguments: argparse.Namespace, **parameters: Any) -> _Verdict:
         blockers = (
             Blocker("contract", "", None, "the guest", "this host", "unknown", "the daemon gave no reason"),
         )
-    return blockers, list(answer["scope"])
+    return blockers, list(answer["scope"]), answer.get("grade")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from kvmneg.cli import sources
 from kvmneg.cli.output import Screen, count, print_json
 
 TYPE_CHECKING = False
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
     from kvmneg.features.difference import Blocker, Difference
 
 _LONG = 32  # characters of a combo value that are shown to people
+_TABLE = 90  # columns of a terminal that has room for two such values side by side
 
 
 def options(parser: Parser) -> None:
     parser.add_argument("a", metavar="A", help="a report, a contract or a fence; `host` for this host")
     parser.add_argument("b", metavar="B", help="another")
-    parser.add_argument("--report", metavar="FILE", help="what `host` means instead of measuring this host")
-    parser.add_argument("--kvm", metavar="PATH", default="/dev/kvm", help="KVM's device (/dev/kvm)")
+    sources.add_report_or_kvm(parser, "what `host` means instead of measuring this host")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _side(arguments: argparse.Namespace, path: str) -> Document:
     import os
 
-    from kvmneg.cli import files, sources
+    from kvmneg.cli import files
 
     if path == "host" and not os.path.exists(path):
         return files.Document("this host", report=sources.report_or_host(arguments))
@@ -104,8 +105,8 @@ def _combo(a: Document, b: Document) -> list[dict[str, Any]]:
     if not (a.report and b.report):
         return []
     ours, theirs = _flat(a.report.combo), _flat(b.report.combo)
-    ours |= {f"identity.{key}": str(value) for key, value in a.report.identity.items()}
-    theirs |= {f"identity.{key}": str(value) for key, value in b.report.identity.items()}
+    ours |= {f"identity.{key}": str(value) for key, value in a.report.identity.items() if key != "flags"}
+    theirs |= {f"identity.{key}": str(value) for key, value in b.report.identity.items() if key != "flags"}
     names = dict.fromkeys((*ours, *theirs))
     return [
         {"dimension": name, "a": ours.get(name), "b": theirs.get(name)}
@@ -130,8 +131,11 @@ def _flat(value: object, prefix: str = "") -> dict[str, str]:
 
 
 def _show(screen: Screen, result: Result) -> None:
+    from kvmneg.cli.host import impossible
+
     a, b = result.a, result.b
-    screen.table([("A", a.kind, a.title), ("B", b.kind, b.title)], indent=0)
+    for name, side in (("A", a), ("B", b)):
+        screen.words(f"{name}  {side.kind}", side.title.split(" "), indent=0, column=13)
     if a.granted.architecture != b.granted.architecture:
         screen.line(f"different: A is {a.granted.architecture}, B is {b.granted.architecture}")
         return
@@ -144,9 +148,10 @@ def _show(screen: Screen, result: Result) -> None:
         screen.head("of what they accept from incoming guests")
         _differences(screen, result.accepting)
     for title, blockers in (("a guest of A fits B", result.forth), ("a guest of B fits A", result.back)):
-        screen.line(f"\n{screen.bold(title)}: {'no' if blockers else 'yes'}")
+        screen.line(f"\n{screen.bold(title)}: {screen.bad('no') if blockers else screen.good('yes')}")
         if blockers and not result.same:
             screen.words("", dict.fromkeys(blocker.feature for blocker in blockers), column=2)
+    impossible(screen, [report for report in (a.report, b.report) if report])
     _measured_under(screen, result)
 
 
@@ -156,15 +161,23 @@ def _measured_under(screen: Screen, result: Result) -> None:
         if report and not report.combo and result.combo:
             screen.head(f"{side} does not say what it was measured under")
             return
-    if result.combo:
-        screen.head("measured under")
-        rows = [(row["dimension"], _short(row["a"]), _short(row["b"])) for row in result.combo]
-        screen.table([("", "A", "B"), *rows])
+    if not result.combo:
+        return
+    screen.head("measured under")
+    rows = [row for row in result.combo if None not in (row["a"], row["b"])]
+    if rows and screen.width >= _TABLE:
+        cells = [(row["dimension"], _short(row["a"]), _short(row["b"])) for row in rows]
+        screen.table([("", "A", "B"), *cells])
+    else:
+        for row in rows:
+            screen.words(row["dimension"], [f"{row['a']} on A,", f"{row['b']} on B"])
+    for name, other in (("A", "b"), ("B", "a")):
+        alone = [row["dimension"] for row in result.combo if row[other] is None]
+        if alone:
+            screen.words(f"only {name} says", alone, column=15)
 
 
-def _short(text: str | None) -> str:
-    if text is None:
-        return "-"
+def _short(text: str) -> str:
     return text if len(text) <= _LONG else text[: _LONG - 1] + "…"
 
 
@@ -179,14 +192,19 @@ def _differences(screen: Screen, differences: tuple[Difference, ...]) -> None:
             ("only A", [row.feature for row in rows if row.width == 1 and row.a]),
             ("only B", [row.feature for row in rows if row.width == 1 and row.b]),
         ]
-        lines += [(row.feature, _values(row).split(" ")) for row in rows if row.width > 1]
+        lines += [(row.feature, _values(row)) for row in rows if row.width > 1]
         for place, (label, names) in enumerate((label, names) for label, names in lines if names):
-            head = f"{'' if place else group:<{column}}{label}"
-            screen.words(head, names, indent=0, column=column + 8)
+            if screen.width < _TABLE:
+                if not place:
+                    screen.line(group)
+                screen.words(label, names, column=10)
+            else:
+                head = f"{'' if place else group:<{column}}{label}"
+                screen.words(head, names, indent=0, column=column + 8)
 
 
-def _values(row: Difference) -> str:
-    return f"{_number(row.word, row.a)} on A, {_number(row.word, row.b)} on B"
+def _values(row: Difference) -> list[str]:
+    return [f"{_number(row.word, row.a)} on A,", f"{_number(row.word, row.b)} on B"]
 
 
 def _number(word: str, value: int) -> str:

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from kvmneg.features.report import Report
 
 _DETAILED = 3  # so few matches are told in full
+_SHORTEST_TITLE = 15  # characters; a shorter piece of a title tells nothing
 
 
 def options(parser: Parser) -> None:
     parser.add_argument(
         "pattern", metavar="PATTERN", nargs="?", default="", help="part of a name, or a glob: avx*"
     )
-    sources.add_report(parser, "measuring this host")
-    sources.add_kvm(parser)
+    sources.add_report_or_kvm(parser, "tell what this report's host has instead of measuring this one")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -125,10 +125,16 @@ def _list(screen: Screen, found: list[Feature], report: Report | None) -> None:
             screen.line(screen.bold(word))
         cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False) if width]
         left = "  " + "  ".join(cells)
-        screen.line((left + "  " + row[3][: max(20, screen.width - len(left) - 2)]).rstrip())
+        room = screen.width - len(left) - 2
+        screen.line((left + "  " + row[3][:room]).rstrip() if room >= _SHORTEST_TITLE else left.rstrip())
     yes = sum(1 for row in rows if row[1] == "yes")
     total = count(len(rows), "feature")
-    screen.line(screen.dim(f"{total}, {yes} of one bit offered by {report.host}" if report else total))
+    if report:
+        numbers = sum(1 for feature in found if feature.width > 1)
+        total += f"; {report.host} offers {yes}" + (
+            f", and has values for {numbers} numbers" if numbers else ""
+        )
+    screen.paragraph(total, style="dim")
 
 
 def _detail(screen: Screen, feature: Feature, report: Report | None) -> None:

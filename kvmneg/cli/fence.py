@@ -22,6 +22,9 @@ def options(parser: Parser) -> None:
     """One parser a verb; each has the options of every command too."""
     from argparse import SUPPRESS
 
+    from kvmneg import limits
+    from kvmneg.cli.arguments import file_name, number, utf8
+
     verbs = parser.add_subparsers(metavar="show|pin|unpin|history", required=True)
     for name, function, what in (
         ("show", _show, "the pinned fence as text"),
@@ -29,20 +32,27 @@ def options(parser: Parser) -> None:
         ("unpin", _unpin, "take the fence down"),
         ("history", _history, "who changed it, when, and why"),
     ):
-        verb = verbs.add_parser(name, description=what, prog=f"kvmneg fence {name}")
+        verb = verbs.add_parser(name, help=what, description=what, prog=f"kvmneg fence {name}")
         # given before the verb they hold too: a default here would overwrite them
         verb.add_argument("--json", action="store_true", default=SUPPRESS, help="print JSON")
-        verb.add_argument("--socket", metavar="PATH", default=SUPPRESS, help="the daemon's socket")
+        verb.add_argument(
+            "--socket", metavar="PATH", type=file_name, default=SUPPRESS, help="the daemon's socket"
+        )
         verb.set_defaults(run=function)
         if name == "pin":
             help_text = "host, baseline, level:NAME, platform:NAME, or a file: a fence, a report, a contract"
-            verb.add_argument("--from", dest="source", metavar="SOURCE", required=True, help=help_text)
+            verb.add_argument(
+                "--from", dest="source", metavar="SOURCE", type=file_name, required=True, help=help_text
+            )
         if name in ("pin", "unpin"):
-            verb.add_argument("--reason", metavar="TEXT", required=True, help="why, for the history")
+            verb.add_argument(
+                "--reason", metavar="TEXT", type=utf8, required=True, help="why, for the history"
+            )
             expected = "only if the fence is at this generation"
-            verb.add_argument("--expected-generation", metavar="N", type=int, help=expected)
+            verb.add_argument("--expected-generation", metavar="N", type=number(0, 2**63 - 1), help=expected)
         if name == "history":
-            verb.add_argument("--limit", metavar="N", type=int, default=20, help="the newest N changes (20)")
+            rows = number(1, limits.HISTORY_ROWS)
+            verb.add_argument("--limit", metavar="N", type=rows, default=20, help="the newest N changes (20)")
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import struct
 import sys
 
 from kvmneg import limits
@@ -13,9 +12,6 @@ from kvmneg.features.featureset import FeatureSet
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import Any
-
     from kvmneg.features.report import Report
     from kvmneg.policy.contract import Contract
     from kvmneg.policy.fence import Fence
@@ -27,11 +23,16 @@ _HINTS = {
 }
 
 
+_standard_input: list[bytes] = []  # what was read: it cannot be read again
+
+
 def read(path: str, limit: int = limits.REPORT_BYTES) -> bytes:
     """A file's bytes ("-": standard input), at most one more than `limit`. Raises BadInput."""
     try:
         if path == "-":
-            return sys.stdin.buffer.read(limit + 1)
+            if not _standard_input:
+                _standard_input.append(sys.stdin.buffer.read(limit + 1))
+            return _standard_input[0]
         with open(path, "rb") as file:
             return file.read(limit + 1)
     except OSError as error:
@@ -45,7 +46,14 @@ def report(path: str) -> Report:
     """A report file. Raises BadInput."""
     from kvmneg.features.report import Report
 
-    return Report.loads(read(path), file=path)
+    data = read(path)
+    try:
+        if data.startswith(b"KVMNEGC\0"):
+            raise BadInput("a contract, not a report", file=path)
+        return Report.loads(data, file=path)
+    except BadInput as error:
+        error.hint = error.hint or "`kvmneg host --json` writes reports"
+        raise
 
 
 class Document:
@@ -126,49 +134,8 @@ def _json_document(data: bytes, path: str) -> Document:
     return Document(path, report=Report.from_json(parsed, file=path))
 
 
-def json_contract(document: dict[str, Any], path: str) -> Contract:
-    """A contract from its JSON view. Raises BadInput, also where its digest does not fit its words."""
-    from kvmneg.policy import contract as contracts
+def json_contract(document: object, path: str) -> Contract:
+    """A contract from its JSON view. Raises BadInput, also where its digest does not fit the rest."""
+    from kvmneg.policy.contract import Contract
 
-    if document.get("format") != contracts.FORMAT:
-        raise BadInput(f"format is {document.get('format')!r}, not {contracts.FORMAT!r}", file=path)
-    try:
-        for granted in _granted(document.get("architecture"), document.get("words"), path):
-            made = contracts.Contract(granted, _pinned(document), str(document.get("grade", "unverified")))
-            if made.digest == document.get("digest"):
-                return made
-    except (ValueError, TypeError, AttributeError, OverflowError, struct.error) as error:
-        raise BadInput(f"not a contract: {error}", file=path) from None
-    hint = "give the binary contract, or the file as kvmneg wrote it"
-    raise BadInput("altered, or of another version: its digest does not fit its words", file=path, hint=hint)
-
-
-def _pinned(document: dict[str, Any]) -> tuple[int, str]:
-    """Generation and digest of a contract's fence, (0, "") without one."""
-    fence = document.get("fence")
-    return (int(fence["generation"]), str(fence["digest"])) if fence else (0, "")
-
-
-def _granted(architecture: object, values: object, path: str) -> Iterator[FeatureSet]:
-    """The sets whose JSON view these words can be; the contract's digest tells which it was.
-
-    The view does not say which bits a contract binds: an or-bit of a leaf beyond the highest is shown as 0,
-    whether it is bound at 0 or, much more often, not bound.
-    """
-    from kvmneg.features import catalog, words
-    from kvmneg.policy.contract import binding_mask
-
-    if architecture not in catalog.available() or not isinstance(values, dict):
-        raise BadInput("not a contract: architecture or words is missing", file=path)
-    try:
-        parsed = {words.check(word): words.parse_value(word, text) for word, text in values.items()}
-    except BadInput as error:
-        raise BadInput(error.message, file=path, hint=error.hint) from None
-    rules = catalog.load(str(architecture)).words
-    or_bits = {word: rules[word].or_mask if word in rules else 0 for word in parsed}
-    told = FeatureSet.of(str(architecture), {word: value | or_bits[word] for word, value in parsed.items()})
-    unbound = {word: bits & ~binding_mask(told, word) for word, bits in or_bits.items() if bits}
-    yield FeatureSet.of(
-        str(architecture), {word: value | unbound.get(word, 0) for word, value in parsed.items()}
-    )
-    yield FeatureSet.of(str(architecture), parsed)
+    return Contract.from_json(document, file=path)

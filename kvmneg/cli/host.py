@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from kvmneg.cli import arguments as options_of
 from kvmneg.cli import sources
 from kvmneg.cli.output import Screen, count, print_json
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from kvmneg.cli.arguments import Parser
     from kvmneg.features.catalog import Feature
     from kvmneg.features.report import Report
+    from kvmneg.policy.vmm import Through
 
 _GROUPS = (
     ("cpu", ("cpuid:",)),
@@ -24,20 +26,34 @@ _GROUPS = (
     ("network", ("tap:", "vhost-net:")),
 )
 
+_GRADES = {
+    "replaced": "KVM takes them, and shows guests other values",
+    "refused": "KVM does not take them as they are, or not without their bits",
+    "leaks": "KVM lets guests see what they hide",
+}
+
 
 def options(parser: Parser) -> None:
-    sources.add_report(parser, "measuring this host")
-    sources.add_kvm(parser)
+    sources.add_report_or_kvm(parser, "show this report instead of measuring this host")
+    options_of.add_vmm(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     report = sources.report_or_host(arguments)
+    seen = None
+    if arguments.vmm:
+        from kvmneg.policy import vmm
+
+        seen = vmm.through(report, arguments.vmm)
     if arguments.json:
-        print_json(report.to_json())
+        # the report stays the one that was measured: others read it as such
+        print_json({**report.to_json(), **({"vmm": seen.to_json()} if seen else {})})
     else:
         screen = Screen()
         sources.label(screen, report)
         show(screen, report)
+        if seen:
+            _through(screen, seen)
     return 0
 
 
@@ -48,6 +64,8 @@ def show(screen: Screen, report: Report) -> None:
     _offered(screen, report)
     _held_back(screen, report)
     _unclassified(screen, report)
+    impossible(screen, [report])
+    _enforcement(screen, report)
 
 
 def _identity(screen: Screen, report: Report) -> None:
@@ -149,6 +167,20 @@ def held_back(report: Report) -> Iterable[Feature]:
                 yield feature
 
 
+def _through(screen: Screen, seen: Through) -> None:
+    """What a VMM makes of the offer: each difference with its rule."""
+    version = f" {seen.version}" if seen.version else ""
+    screen.head(f"through {seen.title}{version}: {count(len(seen.changes), 'difference')}")
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for change in seen.changes:
+        needs = f", with {change.needs}" if change.needs else ""
+        key = change.what, change.because + needs, change.source
+        reasons.setdefault(key, []).append(change.feature)
+    for (what, because, source), features in reasons.items():
+        screen.words(what, features)
+        screen.paragraph(f"{because} ({source})", indent=14, style="dim")
+
+
 def _unclassified(screen: Screen, report: Report) -> None:
     from kvmneg.features import words
 
@@ -158,3 +190,33 @@ def _unclassified(screen: Screen, report: Report) -> None:
         screen.table(
             [(word, words.text_value(word, unknown[word])) for word in sorted(unknown, key=words.order)]
         )
+
+
+def _enforcement(screen: Screen, report: Report) -> None:
+    """Which words KVM does not keep to: a guest may see more than its contract says."""
+    if not report.enforcement:
+        return  # never tried: an older kvmneg, an import, or a KVM that cannot be asked
+    found: dict[str, list[str]] = {grade: [] for grade in _GRADES}
+    for word, grade in report.enforcement.items():
+        if grade in found:
+            found[grade].append(word)
+    total = sum(map(len, found.values()))
+    screen.head(f"KVM does not keep to: {count(total, 'word')}" if total else "KVM keeps to every word")
+    for grade, names in found.items():
+        if names:
+            screen.words(grade, names)
+            screen.words("", _GRADES[grade].split(" "))
+    tried = "CPUID and feature MSRs, each set and read back; a running guest may see more"
+    screen.words("tried", tried.split(" "))
+
+
+def impossible(screen: Screen, reports: Iterable[Report]) -> None:
+    """What no CPU can have, in each report that says it."""
+    from kvmneg.features.sanity import findings
+
+    for report in reports:
+        found = findings(report)
+        if found:
+            screen.head(f"never offered: impossible in the report of {report.host}")
+            for finding in found:
+                screen.paragraph(finding.describe(), indent=2)

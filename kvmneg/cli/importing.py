@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""kvmneg import cpuid-raw FILE: what `cpuid -r` printed on some machine, as a report."""
+"""kvmneg import KIND FILE: what another tool found out about some machine, as a report."""
 
 from __future__ import annotations
 
@@ -14,30 +14,41 @@ if TYPE_CHECKING:
 
     from kvmneg.cli.arguments import Parser
 
+# kind → (the module that reads it, whose output it is)
+KINDS = {
+    "cpuid-raw": ("cpuid_raw", "cpuid -r"),
+    "firecracker-fingerprint": ("firecracker_fingerprint", "cpu-template-helper fingerprint dump"),
+    "instlatx64": ("instlatx64", "AIDA64's CPUID dump"),
+    "libvirt-cpudata": ("libvirt_cpudata", "libvirt's <cpudata>"),
+    "qemu-expansion": ("qemu_expansion", "QMP query-cpu-model-expansion"),
+}
+
 
 def options(parser: Parser) -> None:
-    parser.add_argument(
-        "source", metavar="cpuid-raw", choices=["cpuid-raw"], help="the tool whose output it is"
-    )
-    parser.add_argument("file", metavar="FILE", help='its output ("-": standard input)')
+    kinds = "; ".join(f"{kind}: {origin}" for kind, (_, origin) in KINDS.items())
+    parser.add_argument("source", metavar="KIND", choices=[*KINDS], help=f"what the file is ({kinds})")
+    parser.add_argument("file", metavar="FILE", help='the file ("-": standard input)')
     parser.add_argument("--host", metavar="NAME", default="", help="the host's name (the file's)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; what it is worth goes to standard error."""
+    from importlib import import_module
+
     from kvmneg import __version__
     from kvmneg.cli import files
-    from kvmneg.emit import cpuid_raw
+    from kvmneg.emit.imported import Measured
 
+    reader = import_module(f"kvmneg.emit.{KINDS[arguments.source][0]}")
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     data = files.read(arguments.file)
-    report = cpuid_raw.read(data, file=arguments.file, host=arguments.host, at=at, by=f"kvmneg {__version__}")
+    report = reader.read(data, Measured(arguments.file, arguments.host, at, f"kvmneg {__version__}"))
     print_json(report.to_json())
     if not arguments.json:
         screen = Screen(sys.stderr)
-        cpus = count(report.identity["cpus"], "CPU")
-        screen.line(
-            f"{report.host}: {report.identity['vendor']}, {cpus}, {count(len(report.offer_words), 'word')}"
-        )
-        screen.line(screen.warn(f"  {cpuid_raw.NOTE}: do not pin a fence on it"))
+        cpus = f"{count(report.identity['cpus'], 'CPU')}, " if "cpus" in report.identity else ""
+        amount = count(len(report.offer_words), "word")
+        screen.line(f"{report.host}: {report.identity['vendor']}, {cpus}{amount}")
+        screen.line(screen.warn(f"  {report.measured['source']}: {report.measured['note']}"))
+        screen.line(screen.warn("  do not pin a fence on it"))
     return 0

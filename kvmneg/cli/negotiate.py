@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     from kvmneg.errors import UsageError
 
-    if arguments.begin != bool(arguments.vm):
+    if arguments.begin != (arguments.vm is not None):
         raise UsageError(
             "--begin and --vm go together", hint="--begin --vm UUID grants the contract to that VM"
         )
@@ -90,6 +90,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _from_report(arguments: argparse.Namespace) -> Offer:
     from kvmneg.cli import files
+    from kvmneg.errors import Blocked
     from kvmneg.policy import negotiation
     from kvmneg.policy.contract import SCOPE
     from kvmneg.policy.fence import Fence
@@ -99,8 +100,22 @@ def _from_report(arguments: argparse.Namespace) -> Offer:
     fence = None
     if arguments.fence:
         fence = Fence(files.document(arguments.fence).granted, generation=0)
-    answer = negotiation.negotiate(request, report, fence)
-    return Offer(answer.contract, 0, answer.not_granted, list(SCOPE), report.offer)
+    try:
+        answer = negotiation.negotiate(request, report, fence)
+    except Blocked as no:
+        no.blockers = tuple(_of_file(blocker, arguments.fence) for blocker in no.blockers)
+        raise
+    answer.not_granted = tuple(_of_file(blocker, arguments.fence) for blocker in answer.not_granted)
+    host = negotiation.ceiling(report, None, request.vmm)
+    return Offer(answer.contract, 0, answer.not_granted, list(SCOPE), host)
+
+
+def _of_file(blocker: Blocker, fence: str) -> Blocker:
+    """A blocker as the fence of a file makes it: no pinned one has generation 0."""
+    if blocker.missing_on != "fence generation 0":
+        return blocker
+    because = "the host offers it, the fence does not name it"
+    return blocker._replace(missing_on=f"fence {fence}", because=because)
 
 
 def _from_daemon(arguments: argparse.Namespace) -> Offer:
@@ -111,7 +126,11 @@ def _from_daemon(arguments: argparse.Namespace) -> Offer:
     answer = sources.call(arguments, "org.kvmneg.Negotiate", request=request.to_json())
     contract = files.json_contract(answer["contract"], "the daemon's answer")
     not_granted = tuple(Blocker.from_json(row) for row in answer.get("notGranted") or ())
-    host = sources.daemon_report(arguments).offer if arguments.emit else None
+    host = None
+    if arguments.emit:
+        from kvmneg.policy import negotiation
+
+        host = negotiation.ceiling(sources.daemon_report(arguments), None, request.vmm)
     return Offer(contract, answer["generation"], not_granted, answer["scope"], host)
 
 
@@ -136,7 +155,7 @@ def _show(
         sources.label(screen, files.report(arguments.report))
     request = options_of.request_of(arguments)
     screen.line(f"{screen.good('yes')}: a contract for {request.describe()}")
-    requests.show_contract(screen, offer.contract)
+    requests.show_contract(screen, offer.contract, arguments.fence or "none pinned")
     if begun:
         screen.head(f"granted to VM {begun['vm']}")
         screen.words("file", [str(begun["path"])])

@@ -17,13 +17,20 @@ if TYPE_CHECKING:
     from kvmneg.policy.contract import Contract
 
 
+_GRADES = {
+    "enforced": "KVM takes every word of it and shows it unchanged",
+    "partial": "KVM does not keep to every word of it; see `kvmneg host`",
+    "unverified": "whether KVM keeps to it was not tried",
+}
+
+
 def add_emit(parser: Parser) -> None:
     """The options --emit, --machine, --qemu, --accel."""
     group = parser.add_argument_group("the contract in others' words")
     group.add_argument("--emit", choices=["qemu"], help="the arguments for that VMM")
     group.add_argument("--machine", metavar="TYPE", help="QEMU's machine type, with version (the newest q35)")
     group.add_argument("--qemu", metavar="PATH", help="the QEMU to be started (qemu-system-x86_64 in PATH)")
-    group.add_argument("--accel", metavar="NAME", default="kvm", help="QEMU's accelerator (kvm)")
+    group.add_argument("--accel", metavar="NAME", help="QEMU's accelerator (kvm)")
 
 
 def emission(arguments: argparse.Namespace, contract: Contract, host: FeatureSet | None) -> Emission | None:
@@ -31,10 +38,14 @@ def emission(arguments: argparse.Namespace, contract: Contract, host: FeatureSet
 
     Raises UsageError where there is neither QEMU nor --machine, VmmFault, Blocked (QEMU would refuse).
     """
+    from kvmneg.errors import UsageError
+
     if arguments.emit is None:
+        for option in ("machine", "qemu", "accel"):
+            if getattr(arguments, option) is not None:
+                raise UsageError(f"--{option} goes with --emit qemu")
         return None
     from kvmneg.emit import qemu
-    from kvmneg.errors import UsageError
     from kvmneg.host import qemu_probe
 
     path = arguments.qemu or qemu_probe.find()
@@ -44,11 +55,11 @@ def emission(arguments: argparse.Namespace, contract: Contract, host: FeatureSet
     build = qemu_probe.probe(path) if path else None
     machine = arguments.machine or (build.machine if build else "")
     known = build.properties if build else None
-    return qemu.emit(contract, machine, known=known, host=host, accelerator=arguments.accel)
+    return qemu.emit(contract, machine, known=known, host=host, accelerator=arguments.accel or "kvm")
 
 
-def show_contract(screen: Screen, contract: Contract) -> None:
-    """A contract for people: the features by kind, the numbers that matter."""
+def show_contract(screen: Screen, contract: Contract, fence: str = "none pinned") -> None:
+    """A contract for people: the features by kind, the numbers that matter; `fence` where it has no generation."""
     from kvmneg.features import catalog
 
     table = catalog.names(contract.architecture)
@@ -63,12 +74,20 @@ def show_contract(screen: Screen, contract: Contract) -> None:
                 numbers.append(f"{feature.name} {value >> feature.shift & (1 << feature.width) - 1}")
     screen.words("digest", [contract.digest])
     generation, _digest = contract.fence
-    screen.words("fence", [f"generation {generation}" if generation else "none pinned"])
+    screen.words("fence", (f"generation {generation}" if generation else fence).split(" "))
+    show_grade(screen, contract.grade)
     total = sum(len(names) for kind, names in kinds.items() if kind != "told of")
     screen.words("grants", ", ".join([count(total, "feature"), *numbers]).split(" "))
     for kind, names in kinds.items():
         if names:
             screen.words(kind, names)
+
+
+def show_grade(screen: Screen, grade: str | None) -> None:
+    """How far the host holds a guest to its contract; nothing where that is not told."""
+    if grade is not None:
+        meaning = _GRADES.get(grade, "")
+        screen.words("grade", (f"{grade}: {meaning}" if meaning else grade).split(" "))
 
 
 def _kind(word: str) -> str:

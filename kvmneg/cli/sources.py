@@ -18,12 +18,20 @@ KVM = "/dev/kvm"
 
 def add_report(parser: Parser, instead_of: str) -> None:
     """The option --report."""
-    parser.add_argument("--report", metavar="FILE", help=f"judge this report instead of {instead_of}")
+    from kvmneg.cli.arguments import file_name
+
+    parser.add_argument(
+        "--report", metavar="FILE", type=file_name, help=f"judge this report instead of {instead_of}"
+    )
 
 
-def add_kvm(parser: Parser) -> None:
-    """The option --kvm, of commands that measure this host."""
-    parser.add_argument("--kvm", metavar="PATH", default=KVM, help=f"KVM's device ({KVM})")
+def add_report_or_kvm(parser: Parser, what: str) -> None:
+    """The options --report and --kvm, of commands that measure this host; one of them at most."""
+    from kvmneg.cli.arguments import file_name
+
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--report", metavar="FILE", type=file_name, help=what)
+    group.add_argument("--kvm", metavar="PATH", default=KVM, help=f"KVM's device ({KVM})")
 
 
 def report_or_host(arguments: argparse.Namespace) -> Report:
@@ -79,9 +87,9 @@ def label(screen: Screen, report: Report) -> None:
     if source != "kvm" and source:
         what = "RECORDED REPORT" if source == "recorded" else f"IMPORTED ({source})"
         when = f", {report.measured['at']}" if report.measured.get("at") else ""
-        screen.line(screen.warn(f"{what} ({report.host}{when}), not this host"))
+        screen.paragraph(f"{what} ({report.host}{when}), not this host", style="warn")
         if report.measured.get("note"):
-            screen.line(screen.warn(f"  {report.measured['note']}"))
+            screen.paragraph(str(report.measured["note"]), indent=2, style="warn")
 
 
 def snake(document: dict[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,28 @@ if TYPE_CHECKING:
 
 
 def options(parser: Parser) -> None:
-    parser.add_argument("--count", metavar="N", type=int, default=0, help="end after N lines (never)")
+    from kvmneg.cli.arguments import number
+
+    lines = number(1, 2**63 - 1)
+    parser.add_argument("--count", metavar="N", type=lines, default=0, help="end after N lines (never)")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import json
+
+    from kvmneg.cli import failure
+    from kvmneg.errors import KvmnegError
+
+    try:
+        return _follow(arguments)
+    except KvmnegError as error:
+        if not arguments.json:
+            raise
+        sys.stdout.write(json.dumps(failure(error)) + "\n")  # one object a line, to the end
+        return error.exit_code
+
+
+def _follow(arguments: argparse.Namespace) -> int:
     import json
     import time
 

@@ -45,6 +45,11 @@ _LA57 = 1 << 16
 _OUTSIDE = ("kvm:", "tap:", "vhost-net:", "msr:0x179")
 # The VMX controls would have to follow from MSRs bit by bit; half a set would not be what was granted.
 _WHOLE_GROUPS = {"vmx": "its control MSRs have no property each here, and half a VMX is not what was granted"}
+# QEMU takes PDCM away in silence unless it gives the guest a PMU of its own choice (target/i386/cpu.c, leaf 1).
+_DROPPED = {"pdcm": "without a PMU QEMU takes it away, and its PMU is all of KVM's or none"}
+
+# QEMU takes it with kernel-irqchip=split only (target/i386/kvm/kvm.c, kvm_arch_get_supported_cpuid).
+_EXTENDED_MSI = "kvm-msi-ext-dest-id"
 
 UNNAMED = "unnamed"  # QEMU has no name for it, as far as the catalogue knows
 UNKNOWN = "unknown"  # this build of QEMU does not know the name
@@ -76,7 +81,9 @@ class Emission(NamedTuple):
 
     @property
     def arguments(self) -> list[str]:
-        return ["-machine", self.machine, "-accel", self.accelerator, "-cpu", self.cpu]
+        # 15-bit APIC ids in MSI addresses are for QEMU's own I/O APIC to read
+        split = ",kernel-irqchip=split" if f",{_EXTENDED_MSI}=on" in self.cpu else ""
+        return ["-machine", self.machine + split, "-accel", self.accelerator, "-cpu", self.cpu]
 
     def lost(self) -> tuple[LeftOut, ...]:
         """What the guest was granted and will not see."""
@@ -173,10 +180,16 @@ def _granted(values: dict[str, int]) -> Iterable[Feature]:
 def _properties(values: dict[str, int], known: frozenset[str] | None) -> tuple[dict[str, str], list[LeftOut]]:
     """The properties to set, in the order of addresses, and the features that have none."""
     several = _names_of_several()
+    granted = {feature.name: feature for feature in _granted(values)}
+    reasons = {name: _why_not(feature, values, known, several) for name, feature in granted.items()}
     properties: dict[str, str] = {}
     left_out = []
-    for feature in _granted(values):
-        kind, because = _why_not(feature, values, known, several)
+    for name, feature in granted.items():
+        kind, because = reasons[name]
+        base = "" if kind else _lost_base(feature, granted, reasons)
+        if base:
+            # enforce=on: QEMU refuses to start with a feature whose base it was not asked for
+            kind, because = UNNAMED, f"it is built on {base}, which QEMU is not given"
         number = _value(feature, values)
         if not kind:
             properties[feature.qemu] = (
@@ -186,6 +199,20 @@ def _properties(values: dict[str, int], known: frozenset[str] | None) -> tuple[d
             bit = feature.shift if feature.width == 1 else None
             left_out.append(LeftOut(feature.name, feature.word, bit, kind, because))
     return properties, left_out
+
+
+def _lost_base(feature: Feature, granted: dict[str, Feature], reasons: dict[str, tuple[str, str]]) -> str:
+    """The name of a granted feature that this one is built on, at whatever distance, and that is lost."""
+    waiting = [name for name, _least in feature.bases]
+    seen = set()
+    while waiting:
+        name = waiting.pop()
+        if name in granted and name not in seen:
+            seen.add(name)
+            if reasons[name][0] in (UNNAMED, UNKNOWN, SHARED):
+                return name
+            waiting += [base for base, _least in granted[name].bases]
+    return ""
 
 
 def _names_of_several() -> dict[str, list[Feature]]:
@@ -205,8 +232,8 @@ def _why_not(
         return OUTSIDE, "QEMU asks KVM for it itself"
     if not feature.qemu:
         return (DERIVED, "") if _follows(feature, values) else (UNNAMED, "QEMU has no property for it")
-    if feature.name in _WHOLE_GROUPS:
-        return UNNAMED, _WHOLE_GROUPS[feature.name]
+    if feature.name in _WHOLE_GROUPS or feature.name in _DROPPED:
+        return UNNAMED, (_WHOLE_GROUPS | _DROPPED)[feature.name]
     if known is not None and feature.qemu not in known:
         return UNKNOWN, f"this QEMU does not know {feature.qemu}"
     missing = [other.name for other in several.get(feature.qemu, ()) if not _value(other, values)]

@@ -25,14 +25,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from kvmneg.features.catalog import Catalog, WordRules
+    from kvmneg.features.packed import Packed
 
 __all__ = ["Blocker", "Conflict", "Difference", "FeatureSet", "diff", "fits", "meet", "meet_all"]
+
+
+_MANY = 32  # sets from which on packing them pays: they will meet again when one of them changes
 
 
 class FeatureSet:
     """An immutable, canonical map word → value. Build one by `of`; `words` must not be changed."""
 
-    __slots__ = ("_digest", "_hash", "architecture", "conflicts", "words")
+    __slots__ = ("_digest", "_hash", "_packed", "architecture", "conflicts", "words")
 
     def __init__(
         self, architecture: str, canonical: dict[str, int], conflicts: tuple[Conflict, ...] = ()
@@ -42,6 +46,7 @@ class FeatureSet:
         self.conflicts = conflicts
         self._hash: int | None = None
         self._digest: str | None = None
+        self._packed: Packed | None = None
 
     @classmethod
     def of(cls, architecture: str, measured: Mapping[str, int]) -> FeatureSet:
@@ -54,7 +59,8 @@ class FeatureSet:
                 continue  # most words of most hosts: zero, and zero is their bottom
             rule = rule_of.get(word)
             if rule is not None:
-                judged = value & rule.judged
+                # most values are judged whole: a pool of sets then shares the reports' numbers
+                judged = value & rule.judged if value & rule.unjudged else value
                 if judged != rule.bottom:
                     kept[word] = _uncontradicted(rule, judged) if rule.ranges else judged
         return cls(architecture, _closed(catalog, kept))
@@ -204,15 +210,34 @@ def meet_all(sets: Iterable[FeatureSet]) -> FeatureSet:
     Dependencies are closed once, at the end: closing is an interior operator, so the result is the same as
     closing after every step.
     """
-    distinct = list(dict.fromkeys(sets))
-    if len({one.architecture for one in distinct}) != 1:
+    every = list(sets)
+    if len({one.architecture for one in every}) != 1:
         raise ValueError("meet needs one or more sets of one architecture")
+    if len(every) >= _MANY:
+        return _meet_many(every)
+    distinct = list(dict.fromkeys(every))
     if len(distinct) == 1:
         return distinct[0]
     catalog = catalogs.load(distinct[0].architecture)
     met = reduce(lambda a, b: _meet_open(catalog, a, b), (one.words for one in distinct))
     conflicts = _meet_equal(catalog, distinct, met)
     return FeatureSet(distinct[0].architecture, _closed(catalog, met), conflicts)
+
+
+def _meet_many(sets: list[FeatureSet]) -> FeatureSet:
+    """`meet_all` on packed sets; each is packed at its first such meet and keeps that."""
+    from kvmneg.features.packed import layout  # no guest's start meets so many
+
+    architecture = sets[0].architecture
+    catalog, places = catalogs.load(architecture), layout(architecture)
+    packed = []
+    for one in sets:
+        if one._packed is None:
+            one._packed = places.pack(one.words, [conflict.word for conflict in one.conflicts])
+        packed.append(one._packed)
+    met, unequal = places.unpack(places.meet(packed))
+    conflicts = _meet_equal(catalog, sets, met) if unequal else ()
+    return FeatureSet(architecture, _closed(catalog, met), conflicts)
 
 
 def _unfit_bits(rule: WordRules, guest: int, host: int) -> int:
@@ -226,13 +251,23 @@ def _unfit_bits(rule: WordRules, guest: int, host: int) -> int:
 
 def _unfit_words(guest: FeatureSet, host: FeatureSet) -> Iterator[tuple[str, int, int, int]]:
     """(word, guest's value, host's value, unfit bits) of each word that does not fit."""
-    catalog = catalogs.load(guest.architecture)
-    for word in dict.fromkeys((*guest.words, *host.words)):
-        ours, theirs = guest.value(word), host.value(word)
-        if ours != theirs:
-            unfit = _unfit_bits(catalog.words[word], ours, theirs)
+    rule_of = catalogs.load(guest.architecture).words
+    promised, offered = guest.words, host.words
+    for word, ours in promised.items():
+        theirs = offered.get(word)
+        if ours != theirs:  # most are equal: asking their rules costs ten times as much
+            rule = rule_of[word]
+            if theirs is None:
+                theirs = rule.bottom
+            unfit = _unfit_bits(rule, ours, theirs)
             if unfit:
                 yield word, ours, theirs, unfit
+    for word, theirs in offered.items():
+        if word not in promised:
+            rule = rule_of[word]
+            unfit = _unfit_bits(rule, rule.bottom, theirs)
+            if unfit:
+                yield word, rule.bottom, theirs, unfit
 
 
 def fits(

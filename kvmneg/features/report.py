@@ -12,7 +12,7 @@ from sys import intern
 
 from kvmneg import limits
 from kvmneg.errors import BadInput
-from kvmneg.features import catalog, words
+from kvmneg.features import catalog, sanity, words
 from kvmneg.features.featureset import FeatureSet
 
 TYPE_CHECKING = False
@@ -32,7 +32,7 @@ class Report:
     """
 
     __slots__ = (
-        "_accept", "_offer", "accept_words", "architecture", "combo", "enforcement", "identity", "measured",
+        "_accepting", "_offer", "accept_words", "architecture", "combo", "enforcement", "identity", "measured",
         "offer_words", "silicon_words",
     )  # fmt: skip
 
@@ -57,7 +57,7 @@ class Report:
         self.silicon_words = silicon or {}
         self.enforcement = enforcement or {}
         self._offer: FeatureSet | None = None
-        self._accept: FeatureSet | None = None
+        self._accepting: Report | None = None
 
     @property
     def host(self) -> str:
@@ -66,35 +66,31 @@ class Report:
 
     @property
     def offer(self) -> FeatureSet:
-        """What a new guest may be given."""
+        """What a new guest may be given. What no CPU can have is left out (kvmneg.features.sanity)."""
         if self._offer is None:
-            self._offer = FeatureSet.of(self.architecture, self.offer_words)
+            self._offer = FeatureSet.of(self.architecture, sanity.sane(self.architecture, self.offer_words))
         return self._offer
 
     @property
     def accept(self) -> FeatureSet:
-        """What an incoming guest may have."""
-        if self._accept is None:
-            self._accept = (
-                FeatureSet.of(self.architecture, {**self.offer_words, **self.accept_words})
-                if self.accept_words
-                else self.offer
-            )
-        return self._accept
+        """What an incoming guest may have, what is impossible left out as well."""
+        return self.accepting().offer
 
     def accepting(self) -> Report:
         """The same host with its accept set as the offer: to ask what an incoming guest may have."""
         if not self.accept_words:
             return self
-        return Report(
-            self.architecture,
-            measured=self.measured,
-            combo=self.combo,
-            identity=self.identity,
-            offer={**self.offer_words, **self.accept_words},
-            silicon=self.silicon_words,
-            enforcement=self.enforcement,
-        )
+        if self._accepting is None:  # kept: every incoming guest is checked against it
+            self._accepting = Report(
+                self.architecture,
+                measured=self.measured,
+                combo=self.combo,
+                identity=self.identity,
+                offer={**self.offer_words, **self.accept_words},
+                silicon=self.silicon_words,
+                enforcement=self.enforcement,
+            )
+        return self._accepting
 
     def unclassified(self) -> dict[str, int]:
         """Measured bits that the catalogue does not know: kept here, never offered."""

@@ -91,7 +91,7 @@ def _equal_or_drop(a: int, b: int) -> int:
     return a if a == b else 0
 
 
-def _signature_key(signature: int) -> tuple[int, int, int]:
+def signature_key(signature: int) -> tuple[int, int, int]:
     """(family, model, stepping) of CPUID 1.EAX: the extended fields count only where the SDM says so."""
     family = signature >> 8 & 0xF
     model = signature >> 4 & 0xF
@@ -103,7 +103,7 @@ def _signature_key(signature: int) -> tuple[int, int, int]:
 
 
 def _lowest(a: int, b: int) -> int:
-    return min(a, b, key=_signature_key)
+    return min(a, b, key=signature_key)
 
 
 def _version_range(a: int, b: int) -> int:

@@ -82,7 +82,7 @@ class Contract:
         self.granted = granted
         self.fence = fence
         self.grade = grade
-        self._binary = binary or _encode(granted, fence, grade)
+        self._binary = binary or _encode(granted.architecture, _bound(granted), fence, grade)
         self.digest = "sha256:" + self._binary[_DIGEST_AT].hex()
 
     @property
@@ -99,17 +99,47 @@ class Contract:
         return {word: bound[word][0] for word in sorted(bound, key=words.order)}
 
     def to_json(self) -> dict[str, Any]:
-        """The document (kvmneg.contract/1)."""
+        """The document (kvmneg.contract/1). A word that is not among its masks binds every bit."""
         generation, digest = self.fence
+        bound = _decode_words(self._binary)
+        values, masks = {}, {}
+        for word in sorted(bound, key=words.order):
+            value, mask = bound[word]
+            values[word] = words.text_value(word, value)
+            if mask != _every_bit(word):
+                masks[word] = words.text_value(word, mask)
         return {
             "format": FORMAT,
             "digest": self.digest,
             "architecture": self.architecture,
             "fence": {"generation": generation, "digest": digest} if generation else None,
-            "words": {word: words.text_value(word, value) for word, value in self.words().items()},
+            "words": values,
+            **({"masks": masks} if masks else {}),
             "grade": self.grade,
             "scope": list(SCOPE),
         }
+
+    @classmethod
+    def from_json(cls, document: object, *, file: str = "contract") -> Contract:
+        """Read the document back. Raises BadInput where it is not the view of one binary form, digest included.
+
+        Fields that this version does not know are ignored: they are not in the digest either.
+        """
+        found = _fields(document, file)
+        if found.get("format") != FORMAT:
+            raise BadInput(f"format is {words.brief(found.get('format'))}, not {FORMAT!r}", file=file)
+        architecture, grade = found.get("architecture"), found.get("grade", GRADES[0])
+        if architecture not in catalogs.available() or grade not in GRADES:
+            raise BadInput("not a contract: its architecture or grade is unknown here", file=file)
+        try:
+            bound = _bound_of_json(found.get("words"), found.get("masks"))
+            binary = _encode(str(architecture), bound, _fence_of_json(found.get("fence")), str(grade))
+        except BadInput as error:
+            raise BadInput(error.message, file=file, hint=error.hint) from None
+        if "sha256:" + binary[_DIGEST_AT].hex() != found.get("digest"):
+            hint = "give the binary contract, or the file as kvmneg wrote it"
+            raise BadInput("altered: its digest does not fit what it says", file=file, hint=hint)
+        return cls.from_binary(binary, file=file)
 
     @classmethod
     def from_binary(cls, data: bytes, *, file: str = "contract") -> Contract:
@@ -188,16 +218,26 @@ def _beyond_highest(granted: FeatureSet, word: str) -> bool:
     return 0 < highest < leaf
 
 
-def _encode(granted: FeatureSet, fence: tuple[int, str], grade: str) -> bytes:
-    values = _explicit(granted)
-    cpuid, msr = _cpuid_section(granted, values), _msr_section(granted, values)
-    capability = _capability_section(granted, values)
+def _bound(granted: FeatureSet) -> dict[str, tuple[int, int]]:
+    """(value, mask) of each word that a contract over this set binds."""
+    bound = {}
+    for word, value in _explicit(granted).items():
+        mask = binding_mask(granted, word)
+        if mask:
+            bound[word] = value & mask, mask
+    return bound
+
+
+def _encode(
+    architecture: str, bound: Mapping[str, tuple[int, int]], fence: tuple[int, str], grade: str
+) -> bytes:
+    cpuid, msr, capability = _cpuid_section(bound), _msr_section(bound), _capability_section(bound)
     body = b"".join((*cpuid, *msr, *capability))
     generation, fence_digest = fence
     header = _HEADER.pack(
         MAGIC,
         VERSION,
-        _ARCHITECTURE_NUMBERS[granted.architecture],
+        _ARCHITECTURE_NUMBERS[architecture],
         _HEADER.size + len(body),
         _HEADER.size,
         GRADES.index(grade),
@@ -213,40 +253,73 @@ def _encode(granted: FeatureSet, fence: tuple[int, str], grade: str) -> bytes:
     return bytes(binary)
 
 
-def _cpuid_section(granted: FeatureSet, values: Mapping[str, int]) -> list[bytes]:
+def _cpuid_section(bound: Mapping[str, tuple[int, int]]) -> list[bytes]:
     entries: dict[tuple[int, int, int], list[int]] = {}
-    for word, value in values.items():
+    for word, (value, mask) in bound.items():
         kind = word.partition(":")[0]
         if kind in _SPACES:
             leaf, subleaf, register = words.parse_cpuid(word)
-            mask = binding_mask(granted, word)
             row = entries.setdefault((_SPACES.index(kind), leaf, subleaf), [0] * 8)
             place = words.REGISTERS.index(register)
-            row[place], row[place + 4] = value & mask, mask
+            row[place], row[place + 4] = value, mask
     return [
-        _CPUID.pack(leaf, subleaf, space, 0, *row)
-        for (space, leaf, subleaf), row in sorted(entries.items())
-        if any(row[4:])
+        _CPUID.pack(leaf, subleaf, space, 0, *row) for (space, leaf, subleaf), row in sorted(entries.items())
     ]
 
 
-def _msr_section(granted: FeatureSet, values: Mapping[str, int]) -> list[bytes]:
-    rows = []
-    for index, word in sorted((words.parse_msr(word), word) for word in values if word.startswith("msr:")):
-        mask = binding_mask(granted, word)
-        if mask:
-            rows.append(_MSR.pack(index, 0, values[word] & mask, mask))
-    return rows
+def _msr_section(bound: Mapping[str, tuple[int, int]]) -> list[bytes]:
+    rows = sorted((words.parse_msr(word), *bound[word]) for word in bound if word.startswith("msr:"))
+    return [_MSR.pack(index, 0, value, mask) for index, value, mask in rows]
 
 
-def _capability_section(granted: FeatureSet, values: Mapping[str, int]) -> list[bytes]:
-    rows = []
-    for word in sorted(values):
-        if word.startswith(_CAPABILITIES):
-            mask = binding_mask(granted, word)
-            if mask:
-                rows.append(_CAPABILITY.pack(word.encode(), 0, 0, values[word] & mask, mask))
-    return rows
+def _capability_section(bound: Mapping[str, tuple[int, int]]) -> list[bytes]:
+    names = sorted(word for word in bound if word.startswith(_CAPABILITIES))
+    return [_CAPABILITY.pack(word.encode(), 0, 0, *bound[word]) for word in names]
+
+
+def _every_bit(word: str) -> int:
+    return (1 << words.width(word)) - 1
+
+
+def _fields(found: object, file: str) -> dict[str, Any]:
+    if isinstance(found, dict):
+        return found
+    raise BadInput("not a contract", file=file)
+
+
+def _bound_of_json(values: object, masks: object) -> dict[str, tuple[int, int]]:
+    """(value, mask) of each word of a document. Raises BadInput."""
+    if not isinstance(values, dict) or not isinstance(masks, dict | None):
+        raise BadInput("not a contract: words or masks is missing or no object")
+    if len(values) > limits.WORDS:
+        raise BadInput(f"more than {limits.WORDS} words")
+    masks = masks or {}
+    alone = sorted(set(masks) - set(values))
+    if alone:
+        raise BadInput(f"a mask without its word: {words.brief(alone[0])}")
+    bound: dict[str, tuple[int, int]] = {}
+    for word, text in values.items():
+        value = words.parse_value(words.check(word), text)
+        mask = words.parse_value(word, masks[word]) if word in masks else _every_bit(word)
+        if value & ~mask or not mask:
+            raise BadInput(f"{word} has bits that its mask does not bind")
+        bound[word] = value, mask
+    return bound
+
+
+def _fence_of_json(fence: object) -> tuple[int, str]:
+    """(generation, digest) of a document's fence, (0, "") for null. Raises BadInput."""
+    if fence is None:
+        return 0, ""
+    generation, digest = (
+        (fence.get("generation"), fence.get("digest")) if isinstance(fence, dict) else (0, "")
+    )
+    digits = digest.removeprefix("sha256:") if isinstance(digest, str) else ""
+    if type(generation) is not int or not 0 < generation < 1 << 64:
+        raise BadInput("not a contract: its fence has no generation")
+    if len(digits) != 64 or not set(digits) <= set("0123456789abcdef"):
+        raise BadInput("not a contract: its fence has no digest")
+    return generation, str(digest)
 
 
 def _granted(architecture: str, bound: Mapping[str, tuple[int, int]]) -> FeatureSet:

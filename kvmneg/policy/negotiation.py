@@ -8,7 +8,7 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits, meet
-from kvmneg.policy import definitions, reasons
+from kvmneg.policy import definitions, grade, reasons
 from kvmneg.policy.contract import Contract
 
 TYPE_CHECKING = False
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvmneg.features.report import Report
     from kvmneg.policy.fence import Fence
     from kvmneg.policy.request import Request
+    from kvmneg.policy.vmm import Through
 
 # Words that only a guest which asks for them may see: Hyper-V's leaves change what a Linux guest believes.
 _ASKED_FOR = "hyperv:"
@@ -34,13 +35,19 @@ class Answer:
         self.not_granted = not_granted
 
 
-def ceiling(report: Report, fence: Fence | None) -> FeatureSet:
-    """The most a new guest may get here: the offer, bounded by the fence.
+def ceiling(report: Report, fence: Fence | None, vmm: str | None = None) -> FeatureSet:
+    """The most a new guest may get here: the offer (of a VMM: kvmneg.policy.vmm), bounded by the fence.
 
     Raises Breached, naming each feature, where the host offers less than the fence promises.
     """
+    seen = _through(report, vmm)
+    return _bounded(report, fence, (seen.report if seen else report).offer)
+
+
+def _bounded(report: Report, fence: Fence | None, offer: FeatureSet) -> FeatureSet:
+    """An offer bounded by the fence, which is held against what KVM offers, whatever the VMM."""
     if fence is None:
-        return report.offer
+        return offer
     below = fence.unmet(report.offer, missing_on=f"host {report.host}")
     if below:
         raise Breached(
@@ -48,38 +55,79 @@ def ceiling(report: Report, fence: Fence | None) -> FeatureSet:
             [reasons.unfit(blocker, report, "the fence") for blocker in below],
             hint="bring back what changed (kernel, microcode, module parameters), or pin a lower fence",
         )
-    return meet(report.offer, fence.granted)
+    return meet(offer, fence.granted)
+
+
+def _through(report: Report, vmm: str | None) -> Through | None:
+    """The host as a VMM's guests see it, None where none is named."""
+    if vmm is None:
+        return None
+    from kvmneg.policy import vmm as vmms  # only for requests that name one
+
+    return vmms.through(report, vmm)
 
 
 def negotiate(request: Request, report: Report, fence: Fence | None = None) -> Answer:
     """The contract for a request on this host under this fence.
 
     Raises Breached (the host is below its fence), Blocked (required features are missing: all blockers, in
-    the order of addresses), UsageError (an unknown feature or level, one that cannot be asked for, or one
-    without what it is built on).
+    the order of addresses; or the contract must be enforced and is not), UsageError (an unknown feature, level
+    or VMM, a feature that cannot be asked for, or one without what it is built on).
     """
-    top = ceiling(report, fence)
+    seen = _through(report, request.vmm)
+    return _answer(request, report, fence, seen, seen.report if seen else report)
+
+
+def _answer(
+    request: Request, report: Report, fence: Fence | None, seen: Through | None, host: Report
+) -> Answer:
+    """`host` is the report as it is judged: through a VMM, or with what is accepted as its offer."""
+    top = _bounded(report, fence, host.offer)
     wanted = _Wanted(request, report.architecture)
     granted = _select(wanted, top)
-    missing = [feature for feature in wanted.required if not reasons.given(feature, granted, report)]
-    blockers = [reasons.missing(feature, wanted.by(feature), granted, report, fence) for feature in missing]
+    missing = [feature for feature in wanted.required if not reasons.given(feature, granted, host)]
+    blockers = [
+        reasons.missing(feature, wanted.by(feature), granted, host, fence, seen=seen) for feature in missing
+    ]
+    if seen is not None:
+        blockers += _refused(granted, seen, "the fence" if fence else request.describe())
     if blockers:
         count = f"{len(blockers)} of the required features" if len(blockers) > 1 else blockers[0].feature
         raise Blocked(f"{count} cannot be given on {report.host}", _sorted(blockers))
-    absent = [feature for feature in wanted.optional if not reasons.given(feature, granted, report)]
+    unkept = grade.blockers(granted, report) if request.require_enforced else []
+    if unkept:
+        raise Blocked(
+            f"{report.host} is not known to enforce this contract", unkept, hint="`kvmneg host` tells why"
+        )
+    absent = [feature for feature in wanted.optional if not reasons.given(feature, granted, host)]
     if wanted.maximum:
-        absent = [feature for feature in wanted.withheld if feature.of(top.value(feature.word))]
+        all_of_it = top if seen is None else _bounded(report, fence, report.offer)
+        absent = [feature for feature in wanted.withheld if feature.of(all_of_it.value(feature.word))]
     wants = "max" if wanted.maximum else "optional"
-    not_granted = [reasons.missing(feature, wants, granted, report, fence) for feature in absent]
+    not_granted = [reasons.missing(feature, wants, granted, host, fence, seen=seen) for feature in absent]
     pinned = (fence.generation, fence.digest) if fence else (0, "")
-    return Answer(Contract(granted, pinned), tuple(_sorted(not_granted)))
+    contract = Contract(granted, pinned, grade.of(granted, report))
+    return Answer(contract, tuple(_sorted(not_granted)))
 
 
-def check(contract: Contract, report: Report) -> tuple[Blocker, ...]:
-    """Why a guest with this contract may not come to this host; empty when it may. Judges the accept set."""
-    there = report.accepting()
+def check(contract: Contract, report: Report, vmm: str | None = None) -> tuple[Blocker, ...]:
+    """Why a guest with this contract may not come to this host; empty when it may. Judges the accept set.
+
+    With a VMM, what KVM accepts and it does not is a reason too. Raises UsageError for a VMM of another name.
+    """
+    seen = _through(report, vmm)
+    there = (seen.report if seen else report).accepting()
     found = fits(contract.granted, there.offer, missing_on=f"host {report.host}")
-    return tuple(reasons.unfit(blocker, there, "the contract") for blocker in found)
+    blockers = [reasons.unfit(blocker, there, "the contract", seen) for blocker in found]
+    if seen is not None:
+        blockers = _sorted([*blockers, *_refused(contract.granted, seen, "the contract")])
+    return tuple(blockers)
+
+
+def _refused(granted: FeatureSet, seen: Through, wanted_by: str) -> list[Blocker]:
+    from kvmneg.policy import vmm as vmms  # as in _through
+
+    return vmms.refused(granted, seen, wanted_by)
 
 
 def check_request(request: Request, report: Report, fence: Fence | None = None) -> Answer:
@@ -87,7 +135,9 @@ def check_request(request: Request, report: Report, fence: Fence | None = None) 
 
     Nothing is kept. Raises as `negotiate` does.
     """
-    return negotiate(request, report.accepting(), fence)
+    seen = _through(report, request.vmm)
+    there = report.accepting()
+    return _answer(request, there, fence, seen, seen.report.accepting() if seen else there)
 
 
 def _sorted(blockers: Iterable[Blocker]) -> list[Blocker]:

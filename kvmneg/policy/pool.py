@@ -116,7 +116,9 @@ def _conflicts(conflicts: Sequence[Conflict], members: list[Kind]) -> list[Block
     blockers = []
     vendors = _by_vendor(members)
     if any(conflict.word.startswith(_VENDOR) for conflict in conflicts):
-        sides = [f"{vendor} on {_some(hosts)}" for vendor, hosts in sorted(vendors.items())]
+        # the few first: they are what somebody has to look at
+        rows = sorted(vendors.items(), key=lambda row: (len(row[1]), row[0]))
+        sides = [f"{vendor} on {_some(hosts)}" for vendor, hosts in rows]
         missing_on = _some([host for hosts in vendors.values() for host in hosts])
         blockers.append(
             Blocker("vendor", "cpuid:0x0.0.ebx", None, "the pool", missing_on, "silicon", ", ".join(sides))
@@ -128,12 +130,13 @@ def _conflicts(conflicts: Sequence[Conflict], members: list[Kind]) -> list[Block
 
 
 def _conflict(conflict: Conflict, members: list[Kind]) -> Blocker:
-    sides = []
+    rows = []
     for value in conflict.values:
         hosts = [
             host for kind in members if kind.offer.words.get(conflict.word) == value for host in kind.hosts()
         ]
-        sides.append(f"{show(conflict.word, value)} on {_some(hosts)}")
+        rows.append((len(hosts), f"{show(conflict.word, value)} on {_some(hosts)}"))
+    sides = [side for _number, side in sorted(rows)]
     because = f"{conflict.word} must be the same on every host: " + ", ".join(sides)
     blocker = Blocker.of_conflict(conflict, "the pool")
     return blocker._replace(because=because)
@@ -166,9 +169,11 @@ def _some(hosts: Sequence[str]) -> str:
 def holders(reports: Sequence[Report], granted: FeatureSet) -> tuple[Holder, ...]:
     """Who holds what back: every feature in which some member is beyond `granted`, with the hosts at fault.
 
-    They lack it, keep the number down, or, for an or-feature, have it. Where every host offers it and
-    `granted` lacks it all the same (a fence hides it), no host is named. In the order of addresses. Raises
-    as `kinds` does.
+    They lack it, keep the number down, or, for an or-feature, have it; where a number must be the same on
+    every host and is not, they differ from most others (all are named where no value is the most frequent).
+    A feature that every host offers and `granted` lacks is held back by whoever holds back what it is built
+    on; where that is nobody (a fence hides it), no host is named. In the order of addresses. Raises as
+    `kinds` does.
     """
     members = kinds(reports)
     places = {(blocker.word, blocker.feature) for kind in members for blocker in fits(kind.offer, granted)}
@@ -178,16 +183,37 @@ def holders(reports: Sequence[Report], granted: FeatureSet) -> tuple[Holder, ...
         feature = table.by_name.get(name)
         if feature is not None:  # else a conflict, which no baseline names
             bit = feature.shift if feature.width == 1 else None
-            hosts = tuple(host for kind in _guilty(members, granted, feature) for host in kind.hosts())
+            guilty = _guilty(members, granted, feature, {name})
+            hosts = tuple(host for kind in guilty for host in kind.hosts())
             found.append(Holder(name, feature.word, bit, hosts, len(reports)))
     return tuple(sorted(found, key=lambda held: (words.order(held.word), table.by_name[held.feature].shift)))
 
 
-def _guilty(members: list[Kind], granted: FeatureSet, feature: Feature) -> list[Kind]:
-    """The hosts whose value is the granted one where others' differ; all, where theirs were dropped."""
-    mask = (1 << feature.width) - 1
-    values = [kind.offer.value(feature.word) >> feature.shift & mask for kind in members]
-    if len(set(values)) == 1:
-        return []
-    own = granted.value(feature.word) >> feature.shift & mask
-    return [kind for kind, value in zip(members, values, strict=True) if value == own] or members
+def _guilty(members: list[Kind], granted: FeatureSet, feature: Feature, seen: set[str]) -> list[Kind]:
+    """The hosts whose value is the granted one where others' differ; where all were dropped, the odd ones.
+
+    Where all are the same, whoever holds back what the feature is built on; `seen` ends circles.
+    """
+    values = [feature.of(kind.offer.value(feature.word)) for kind in members]
+    own = feature.of(granted.value(feature.word))
+    if len(set(values)) > 1:
+        behind = [kind for kind, value in zip(members, values, strict=True) if value == own]
+        return behind or _odd_ones(members, values)
+    table = catalogs.names(granted.architecture)
+    found: list[Kind] = []
+    for name, _least in feature.bases if values[0] != own else ():
+        if name not in seen:
+            seen.add(name)
+            found += _guilty(members, granted, table.by_name[name], seen)
+    return [kind for kind in members if kind in found]
+
+
+def _odd_ones(members: list[Kind], values: Sequence[int]) -> list[Kind]:
+    """The hosts that do not have the value which most have; all, where two values are as frequent."""
+    counts: dict[int, int] = {}
+    for kind, value in zip(members, values, strict=True):
+        counts[value] = counts.get(value, 0) + len(kind.reports)
+    most = [value for value, number in counts.items() if number == max(counts.values())]
+    if len(most) > 1:
+        return members
+    return [kind for kind, value in zip(members, values, strict=True) if value != most[0]]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 DEFAULT_LEVEL = "x86-64-v1"
-_FIELDS = ("max", "level", "require", "optional", "exact")
+_FIELDS = ("max", "level", "require", "optional", "exact", "vmm", "requireEnforced")
 
 
 class Request:
@@ -22,10 +22,14 @@ class Request:
     - `level` (x86-64-v1 where none is named) plus `require` and, where there is one, `optional`,
     - `exact`: these features and nothing else.
 
+    `vmm` names what will run the guest ("qemu", "qemu-10.0", "firecracker"; kvmneg.policy.vmm), None: KVM's set counts.
+
+    With `require_enforced` the answer is no where the contract would not be graded "enforced".
+
     Raises UsageError where modes exclude each other, LimitExceeded (REQUEST_FEATURES).
     """
 
-    __slots__ = ("exact", "level", "maximum", "optional", "require")
+    __slots__ = ("exact", "level", "maximum", "optional", "require", "require_enforced", "vmm")
 
     def __init__(
         self,
@@ -35,6 +39,8 @@ class Request:
         require: tuple[str, ...] = (),
         optional: tuple[str, ...] = (),
         exact: tuple[str, ...] | None = None,
+        vmm: str | None = None,
+        require_enforced: bool = False,
     ) -> None:
         modes = {"max": maximum, "level": level is not None, "exact": exact is not None}
         chosen = [name for name, on in modes.items() if on]
@@ -56,6 +62,8 @@ class Request:
         self.level = level if chosen else DEFAULT_LEVEL
         self.require = require
         self.optional = optional
+        self.vmm = vmm
+        self.require_enforced = require_enforced
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Request:
@@ -69,12 +77,20 @@ class Request:
         maximum, level = document.get("max"), document.get("level")
         if not isinstance(maximum, bool | None) or not isinstance(level, str | None):
             raise UsageError("max is a boolean and level a name")
+        vmm = document.get("vmm")
+        if not isinstance(vmm, str | None):
+            raise UsageError("vmm is a name")
+        enforced = document.get("requireEnforced")
+        if not isinstance(enforced, bool | None):
+            raise UsageError("requireEnforced is a boolean")
         return cls(
             maximum=bool(maximum),
             level=level,
             require=_names(document, "require") or (),
             optional=_names(document, "optional") or (),
             exact=_names(document, "exact"),
+            vmm=vmm,
+            require_enforced=bool(enforced),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -89,6 +105,10 @@ class Request:
                 document[name] = list(getattr(self, name))
         if self.exact is not None:
             document["exact"] = list(self.exact)
+        if self.vmm is not None:
+            document["vmm"] = self.vmm
+        if self.require_enforced:
+            document["requireEnforced"] = True
         return document
 
     def describe(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 TABLES = sorted((HERE.parents[1] / "kvmneg" / "features" / "catalog" / "x86").glob("*.toml"))
+MASKS = HERE.parents[1] / "kvmneg" / "data" / "x86_kvm_masks.json"
 FEATURE_KEYS = {
     "bit", "bits", "rule", "requires", "title", "why", "withheld", "value", "qemu", "linux", "libvirt",
     "vendor",
@@ -270,7 +271,7 @@ def test_every_field_of_the_public_cpuid_table_is_classified() -> None:
 
 
 def test_every_bit_that_a_kvm_can_expose_is_classified() -> None:
-    masks = json.loads((HERE / "data" / "x86_kvm_masks.json").read_text("utf-8"))
+    masks = json.loads(MASKS.read_text("utf-8"))
     kernels = {name: words for name, words in masks.items() if re.fullmatch(r"\d+\.\d+", name)}
     assert {"5.10", "6.1", "6.12", "7.2", "7.3"} <= set(kernels)
     missing = []
@@ -284,7 +285,7 @@ def test_every_bit_that_a_kvm_can_expose_is_classified() -> None:
 
 def test_a_bit_that_a_kvm_can_expose_is_not_only_recorded() -> None:
     """What KVM passes to guests has to be merged, but for what the VMM, the guest or this project decides."""
-    masks = json.loads((HERE / "data" / "x86_kvm_masks.json").read_text("utf-8"))
+    masks = json.loads(MASKS.read_text("utf-8"))
     decided = {"ht", "osxsave", "ospke", "apic", "apic-copy", "cmp-legacy", "arat"}
     for row in _tables()[0]:
         if row.rule in UNMERGED and row.name not in decided:

@@ -435,16 +435,29 @@ def test_help_lists_every_command(capsys: Capture) -> None:
     assert all(f"\n  {command} " in out for command in cli.COMMANDS)
 
 
+def test_watch_is_one_object_a_line_to_the_end(capsys: Capture) -> None:
+    status, out, _ = run(capsys, "watch", "--json", "--socket", "/nonexistent/socket")
+    assert status == 4
+    (line,) = out.splitlines()
+    assert json.loads(line)["error"]["name"] == "org.kvmneg.Unreachable"
+
+
 def test_the_version(capsys: Capture) -> None:
     assert run(capsys, "--version")[1] == f"kvmneg {kvmneg.__version__}\n"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help(capsys: Capture, command: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main([command, "--help"])
-    assert caught.value.code == 0
-    assert f"usage: kvmneg {command}" in capsys.readouterr().out
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    assert f"usage: kvmneg {command}" in out
+
+
+def test_the_help_of_fence_tells_its_verbs(capsys: Capture) -> None:
+    out = run(capsys, "fence", "--help")[1]
+    assert {"show", "pin", "unpin", "history"} <= {
+        line.split()[0] for line in out.splitlines() if line.strip()
+    }
 
 
 def test_an_option_name_is_not_guessed(capsys: Capture, plain: str) -> None:
@@ -577,3 +590,205 @@ def test_files_over_the_report_limit_are_not_read_whole(capsys: Capture) -> None
     status, document = run_json(capsys, "host", "--json", "--report", "/dev/zero")
     assert status == 5
     assert "larger than" in document["error"]["message"]
+
+
+# -- arguments that were meant otherwise
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["negotiate", "--vm", ""], "--begin and --vm"),
+        (["negotiate", "--require", ""], "names no feature"),
+        (["negotiate", "--exact", " , "], "names no feature"),
+        (["negotiate", "--machine", "pc-q35-7.2"], "--emit"),
+        (["negotiate", "--accel", "tcg"], "--emit"),
+        (["host", "--kvm", "/dev/kvm"], "--kvm"),
+        (["features", "--kvm", "/dev/kvm"], "--kvm"),
+        (["check", "--socket", ""], "empty"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_a_mistake(
+    capsys: Capture, plain: str, words: list[str], told: str
+) -> None:
+    status, document = run_json(capsys, *words, "--report", plain, "--json")
+    assert status == 2
+    assert told in document["error"]["message"]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1001", "x", "1e2", "9" * 30, "٣"])
+def test_a_number_out_of_its_bounds_is_named_with_them(capsys: Capture, value: str) -> None:
+    status, document = run_json(capsys, "fence", "history", "--json", "--limit", value)
+    assert status == 2
+    assert "from 1 to 1000" in document["error"]["message"]
+
+
+def test_spaces_around_names_are_no_part_of_them(capsys: Capture, rich: str) -> None:
+    status, document = run_json(capsys, "negotiate", "--json", "--report", rich, "--require", " rdrand, pni ")
+    assert status == 0
+    assert int(document["contract"]["words"]["cpuid:0x1.0.ecx"], 16) & (RDRAND | 1) == RDRAND | 1
+
+
+def test_an_empty_name_of_a_file_is_a_mistake(capsys: Capture) -> None:
+    assert run(capsys, "host", "--report", "")[0] == 2
+    assert run(capsys, "fence", "pin", "--from", "", "--reason", "x")[0] == 2
+
+
+def test_a_file_that_is_no_report_says_who_writes_one(capsys: Capture, tmp_path: Path) -> None:
+    fence, contract = tmp_path / "fence", tmp_path / "contract"
+    granted = FeatureSet.of("x86_64", PLAIN)
+    fence.write_text(Fence(granted).text(), "utf-8")
+    contract.write_bytes(Contract(granted).binary())
+    for file in (fence, contract):
+        status, document = run_json(capsys, "baseline", str(file), "--json")
+        assert status == 5
+        assert "kvmneg host --json" in document["error"]["hint"]
+
+
+def test_a_fence_of_a_file_is_not_called_pinned(
+    capsys: Capture, tmp_path: Path, plain: str, rich: str
+) -> None:
+    fence = tmp_path / "mine.fence"
+    fence.write_text(Fence(FeatureSet.of("x86_64", PLAIN)).text(), "utf-8")
+    words = ["negotiate", "--report", rich, "--fence", str(fence)]
+    _, document = run_json(capsys, *words, "--optional", "rdrand", "--json")
+    (row,) = (row for row in document["not_granted"] if row["feature"] == "rdrand")
+    assert row["missing_on"] == f"fence {fence}"
+    assert "pinned" not in row["because"]
+    _, out, _ = run(capsys, *words)
+    assert f"fence       {fence}\n" in out
+
+
+def test_check_names_the_host_it_judged(capsys: Capture, tmp_path: Path, plain: str, rich: str) -> None:
+    contract = tmp_path / "contract"
+    contract.write_bytes(Contract(Report.loads(Path(rich).read_bytes()).offer).binary())
+    assert "may come to rich\n" in run(capsys, "check", "--report", rich, "--contract", str(contract))[1]
+    assert (
+        "may not come to plain\n" in run(capsys, "check", "--report", plain, "--contract", str(contract))[2]
+    )
+
+
+def test_compare_tells_once_what_only_one_side_says(capsys: Capture, tmp_path: Path) -> None:
+    a = report(tmp_path / "a.json", PLAIN, combo={"kernel": "6.1", "smt": "on", "bios": "2.19"})
+    b = report(tmp_path / "b.json", PLAIN, combo={"kernel": "6.12"})
+    out = run(capsys, "compare", a, b)[1]
+    assert [line.split() for line in out.splitlines() if "kernel" in line] == [["kernel", "6.1", "6.12"]]
+    assert "  only A says  smt bios\n" in out
+
+
+# -- terminals, streams, encodings
+
+
+def test_what_a_file_says_does_not_reach_the_terminal_raw(capsys: Capture, tmp_path: Path) -> None:
+    evil = tmp_path / "a\x1b]0;owned\x07\u202e.json"
+    file = report(tmp_path / "evil.json", PLAIN, combo={"kernel": "6.1\x1b[2J\x9b31m"})
+    text = Path(file).read_text("utf-8").replace('"host": "evil"', '"host": "\\u001b[31mred"')
+    evil.write_text(text, "utf-8")
+    for words in (
+        ["host", "--report", str(evil)],
+        ["compare", str(evil), file],
+        ["host", "--report", f"{evil}?"],
+    ):
+        _, out, err = run(capsys, *words)
+        assert [c for c in out + err if not c.isprintable() and c != "\n"] == []
+
+
+@pytest.mark.parametrize("columns", ["40", "64"])
+def test_a_narrow_terminal_gets_narrow_lines(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, plain: str, rich: str, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    # what cannot be broken: digests, paths, long names
+    for words in (
+        ["host", "--report", rich],
+        ["negotiate", "--report", rich],
+        ["negotiate", "--help"],
+        ["--help"],
+    ):
+        _, out, _ = run(capsys, *words)
+        long = [line for line in out.splitlines() if len(line) > int(columns)]
+        assert [line for line in long if " " in line.strip() and "sha256:" not in line] == [], words
+    monkeypatch.setenv("COLUMNS", "nonsense")
+    assert max(map(len, run(capsys, "host", "--report", rich)[1].splitlines())) > 64
+
+
+def _environment(**other: str) -> dict[str, str]:
+    import os
+
+    # the locale of a bare chroot, without the ways in which Python makes it UTF-8 after all
+    bare = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONPATH": "/".join(kvmneg.__file__.split("/")[:-2]),
+    }
+    return {**os.environ, **bare, **other}
+
+
+@pytest.mark.parametrize("words", [["--help"], ["negotiate", "--help"], ["fence", "pin", "--help"]])
+def test_help_needs_no_utf8(words: list[str]) -> None:
+    done = subprocess.run(_command(*words), capture_output=True, env=_environment(), check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"usage: kvmneg")
+
+
+def test_json_is_json_in_every_locale(tmp_path: Path) -> None:
+    file = report(tmp_path / "r.json", PLAIN, combo={"bios": "geprüft"})
+    for environment in (
+        _environment(),
+        _environment(PYTHONIOENCODING="latin-1"),
+        _environment(PYTHONUTF8="1"),
+    ):
+        done = subprocess.run(
+            _command("host", "--json", "--report", file), capture_output=True, env=environment, check=True
+        )
+        assert json.loads(done.stdout.decode("utf-8"))["combo"]["bios"] == "geprüft"
+
+
+def test_json_holds_a_file_name_that_is_no_text(tmp_path: Path) -> None:
+    for environment in (_environment(), _environment(PYTHONUTF8="1")):
+        command = [word.encode() for word in _command("host", "--json", "--report")]
+        done = subprocess.run([*command, b"/no/\xff"], capture_output=True, env=environment, check=False)
+        assert done.returncode == 5
+        assert json.loads(done.stdout.decode("utf-8"))["error"]["file"] == "/no/\udcff"
+
+
+def test_a_reason_is_text_in_every_locale(tmp_path: Path) -> None:
+    command = [
+        word.encode() for word in _command("fence", "unpin", "--json", "--socket", "/nonexistent", "--reason")
+    ]
+    for reason, status in (("für".encode(), 4), (b"\xff", 2)):
+        done = subprocess.run([*command, reason], capture_output=True, env=_environment(), check=False)
+        assert done.returncode == status, done.stdout
+
+
+def _closed(number: int, *words: str) -> subprocess.CompletedProcess[bytes]:
+    """Run with one standard stream closed, as `kvmneg … N>&-` does."""
+    script = f'exec "$@" {number}<&-' if number == 0 else f'exec "$@" {number}>&-'
+    return subprocess.run(["sh", "-c", script, "sh", *_command(*words)], capture_output=True, check=False)
+
+
+def test_a_closed_stream_is_no_bug(plain: str) -> None:
+    assert _closed(1, "host", "--report", plain).returncode == 0
+    assert _closed(1, "host", "--json", "--report", "/nonexistent").returncode == 5
+    assert _closed(2, "host", "--report", "/nonexistent").returncode == 5
+    done = _closed(0, "import", "cpuid-raw", "-")
+    assert (done.returncode, b"Traceback" in done.stderr) == (5, False)
+
+
+def test_a_failure_that_finds_no_room_keeps_its_status() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            _command("host", "--json", "--report", "/nonexistent"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        assert done.returncode == 5
+        assert b"cannot be read" in done.stderr and b"No space left" in done.stderr
+        both = subprocess.run(
+            _command("host", "--report", "/nonexistent"), stdout=full, stderr=full, check=False
+        )
+        assert both.returncode == 5
+        help_ = subprocess.run(_command("host", "--help"), stdout=full, stderr=subprocess.PIPE, check=False)
+        assert help_.returncode == 7

@@ -101,6 +101,15 @@ def test_a_level_and_a_report_can_be_pinned(capsys: Capture, socket: str) -> Non
     assert run(capsys, socket, "negotiate", "--level", "x86-64-v3")[0] == 0
 
 
+def test_a_fence_comes_from_standard_input(socket: str) -> None:
+    command = [sys.executable, "-P", "-m", "kvmneg.cli", "--socket", socket, "fence"]
+    pin = [*command, "pin", "--json", "--reason", "piped", "--from"]
+    first = json.loads(subprocess.run([*pin, "host"], stdout=subprocess.PIPE, check=True).stdout)
+    shown = subprocess.run([*command, "show"], capture_output=True, check=True).stdout
+    second = json.loads(subprocess.run([*pin, "-"], input=shown, stdout=subprocess.PIPE, check=True).stdout)
+    assert (second["generation"], second["digest"]) == (2, first["digest"])
+
+
 def test_a_wrong_fence_file_is_named_by_line_and_changes_nothing(
     capsys: Capture, socket: str, tmp_path: Path
 ) -> None:

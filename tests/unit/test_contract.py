@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -250,3 +251,117 @@ def test_the_document_is_a_view(intel: Report) -> None:
     assert any(line.startswith("judged") for line in SCOPE) and any(
         line.startswith("not judged") for line in SCOPE
     )
+
+
+# -- the document is read back -----------------------------------------------------------------------
+
+
+@given(feature_sets(), st.integers(0, 9), st.sampled_from(GRADES))
+def test_the_document_round_trips(granted: FeatureSet, generation: int, grade: str) -> None:
+    fence = (generation, granted.digest()) if generation else (0, "")
+    contract = Contract(granted, fence, grade)
+    document = json.loads(json.dumps(contract.to_json()))
+    assert Contract.from_json(document).binary() == contract.binary()
+
+
+def test_masks_tell_which_bits_bind(intel: Report) -> None:
+    contract = negotiate(Request(level="x86-64-v2"), intel).contract
+    document, read = contract.to_json(), decode(contract.binary())
+    every = {
+        word: (1 << (64 if word.startswith(("msr:", "tap:", "vhost-net:")) else 32)) - 1
+        for word in read.words
+    }
+    bound = {word: int(text, 16) for word, text in document["masks"].items()}
+    assert {**every, **bound} == {word: mask for word, (_value, mask) in read.words.items()}
+    assert all(bound[word] != every[word] for word in bound)
+    assert not bound["cpuid:0x1.0.ecx"] & 1 << 27  # OSXSAVE is the guest's
+    assert not bound["cpuid:0x1.0.ebx"] >> 16  # APIC ids are the VMM's
+
+
+_CHANGES: dict[str, tuple[Any, str]] = {
+    "format": ("kvmneg.contract/2", "format is"),
+    "digest": ("sha256:" + "0" * 64, "altered"),
+    "architecture": ("riscv", "architecture"),
+    "fence": ({"generation": 8, "digest": "sha256:" + "1" * 64}, "altered"),
+    "grade": ("enforced", "altered"),
+    "words": ({"cpuid:0x1.0.ecx": "0xffffffff"}, "mask without its word"),
+    "masks": ({}, "altered"),
+}
+
+
+@pytest.mark.parametrize("field", _CHANGES)
+def test_a_document_that_was_altered_is_refused(intel: Report, field: str) -> None:
+    value, told = _CHANGES[field]
+    document = negotiate(Request(level="x86-64-v2"), intel, Fence(intel.offer, 7)).contract.to_json()
+    Contract.from_json(document)
+    with pytest.raises(BadInput, match=told):
+        Contract.from_json({**document, field: value}, file="x")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"words": {"cpuid:0x1.0.ecx": "0x1"}, "masks": {"cpuid:0x1.0.ecx": "0x2"}},
+        {"words": {"cpuid:0x1.0.ecx": "0x0"}, "masks": {"cpuid:0x1.0.ecx": "0x0"}},
+        {"words": {"cpuid:0x1.0.ecx": 1}},
+        {"words": {"nonsense": "0x1"}},
+        {"words": []},
+        {"words": None},
+        {"masks": []},
+        {"masks": {"cpuid:0x1.0.ecx": None}},
+        {"masks": {"nonsense": "0x1"}},
+        {"fence": {"generation": "7", "digest": "sha256:" + "1" * 64}},
+        {"fence": {"generation": 0, "digest": "sha256:" + "1" * 64}},
+        {"fence": {"generation": 1 << 64, "digest": "sha256:" + "1" * 64}},
+        {"fence": {"generation": 7, "digest": None}},
+        {"fence": {"generation": 7, "digest": "sha256:" + "x" * 64}},
+        {"fence": []},
+        {"grade": "superb"},
+        {"grade": None},
+        {"grade": []},
+        {"architecture": []},
+        {"architecture": None},
+        {"digest": None},
+        {"words": {f"cpuid:{leaf:#x}.0.eax": "0x0" for leaf in range(limits.WORDS + 1)}, "masks": {}},
+    ],
+)
+def test_a_document_of_another_shape_is_refused(change: dict[str, Any]) -> None:
+    document = Contract(FeatureSet.of(ARCHITECTURE, FULL)).to_json()
+    with pytest.raises(BadInput, match=r"^x: "):
+        Contract.from_json({**document, **change}, file="x")
+    for other in (None, [], "contract", 7):
+        with pytest.raises(BadInput, match="not a contract"):
+            Contract.from_json(other)
+
+
+def test_a_document_without_masks_binds_every_bit() -> None:
+    whole = {"cpuid:0x0.0.ebx": "0x756e6547"}
+    document = {**Contract(FeatureSet.empty(ARCHITECTURE)).to_json(), "words": whole}
+    del document["masks"]
+    with pytest.raises(BadInput, match="altered"):
+        Contract.from_json(document)
+    entry = struct.pack("<12I", 0, 0, 0, 0, 0, 0x756E6547, 0, 0, 0, 0xFFFFFFFF, 0, 0)
+    header = struct.pack(
+        "<8sIIIIII32sQ32s6I32s",
+        b"KVMNEGC\0",
+        1,
+        1,
+        208,
+        160,
+        0,
+        0,
+        bytes(32),
+        0,
+        bytes(32),
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+        bytes(32),
+    )
+    digest = "sha256:" + hashlib.sha256(header + entry).hexdigest()
+    read = Contract.from_json({**document, "digest": digest})
+    assert read.words() == {"cpuid:0x0.0.ebx": 0x756E6547}
+    assert "masks" not in read.to_json()

@@ -7,6 +7,7 @@ from kvmneg.emit import qemu
 from kvmneg.errors import Blocked, UsageError
 from kvmneg.features import catalog
 from kvmneg.features.featureset import FeatureSet
+from kvmneg.features.report import Report
 from kvmneg.policy.contract import Contract
 
 INTEL = {"cpuid:0x0.0.ebx": 0x756E6547, "cpuid:0x0.0.edx": 0x49656E69, "cpuid:0x0.0.ecx": 0x6C65746E}
@@ -116,6 +117,19 @@ def test_the_vmx_group_is_left_out_whole() -> None:
     assert FeatureSet.of("x86_64", values).field("vmx") == 1
     assert left_out(values)["vmx"] == qemu.UNNAMED
     assert "vmx=on" not in cpu(values)
+
+
+def test_what_is_built_on_something_left_out_is_left_out_too(intel: Report) -> None:
+    """QEMU refuses a feature whose base was not asked for: "This feature depends on other features that were
+    not requested" (QEMU target/i386/cpu.c, feature_dependencies), and with enforce=on it does not start."""
+    granted = intel.offer.words
+    assert granted["cpuid:0x1.0.ecx"] & 1 << 5 and granted["msr:0x480"] >> 54 & 1  # VMX, INS/OUTS information
+    assert [part for part in cpu(dict(granted)) if part.startswith("vmx")] == []
+    lost = {row.feature: row for row in qemu.emit(contract(dict(granted)), MACHINE).lost()}
+    assert "vmx" in lost["vmx-ins-outs"].because
+    # IA32_PERF_CAPABILITIES is there with PDCM only, which QEMU takes away from a guest without a PMU
+    assert {"pdcm", "full-width-write"} <= set(lost)
+    assert not {"pdcm=on", "full-width-write=on"} & set(cpu(dict(granted)))
 
 
 def test_capabilities_are_qemus_own_business() -> None:

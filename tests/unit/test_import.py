@@ -5,6 +5,7 @@ import pytest
 
 from kvmneg import limits
 from kvmneg.emit import cpuid_raw
+from kvmneg.emit.imported import Measured
 from kvmneg.errors import BadInput
 from kvmneg.features.report import Report
 
@@ -20,7 +21,7 @@ XEN_LEAF = "   0x40000001 0x00: eax=0x00040011 ebx=0x00000000 ecx=0x00000000 edx
 
 
 def read(text: str) -> Report:
-    return cpuid_raw.read(text.encode(), file="box.txt", host="box", at="2026-11-21T06:00:00Z")
+    return cpuid_raw.read(text.encode(), Measured("box.txt", "box", "2026-11-21T06:00:00Z"))
 
 
 def test_a_sample_becomes_an_ordinary_report() -> None:
@@ -33,7 +34,7 @@ def test_a_sample_becomes_an_ordinary_report() -> None:
 
 def test_it_is_marked_as_what_it_is() -> None:
     measured = read("CPU 0:\n" + VENDOR).measured
-    assert measured["source"] == "cpuid-raw"
+    assert measured["source"] == "cpuid-raw, raw silicon"
     assert "no KVM" in measured["note"]
     assert measured["host"] == "box"
 
@@ -97,6 +98,7 @@ def test_silicon_is_claimed_only_outside_a_guest() -> None:
     assert read("CPU 0:\n" + VENDOR + LEAF1).silicon_words["cpuid:0x1.0.edx"] == 0x07000101
     inside = LEAF1.replace("ecx=0x00000001", "ecx=0x80000001")
     assert read("CPU 0:\n" + VENDOR + inside).silicon_words == {}
+    assert read("CPU 0:\n" + VENDOR + inside).measured["source"] == "cpuid-raw, a guest's view"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_a_malformed_line_is_named(text: str, line: int, what: str) -> None:
 
 def test_bytes_that_are_no_text_are_named_by_line() -> None:
     with pytest.raises(BadInput, match=r"^box.txt:2: not text"):
-        cpuid_raw.read(b"CPU 0:\n\xff\n", file="box.txt")
+        cpuid_raw.read(b"CPU 0:\n\xff\n", Measured("box.txt"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from kvmneg.errors import KvmFault, NoKvm
 from kvmneg.features.report import Report
 from kvmneg.host import arm64, ioctls, measure, network
-from kvmneg.host.kvm import CpuidEntry, Probe
+from kvmneg.host.kvm import CpuidEntry, MsrShown, Probe
 from kvmneg.host.software import CpuClass, Roots
 from kvmneg.policy.definitions import level
 
@@ -69,6 +69,12 @@ class FakeKvm:
 
     def feature_msrs(self) -> dict[int, int]:
         return {0x10A: 1}
+
+    def try_cpuid(self, scratch: object, entries: list[CpuidEntry]) -> list[CpuidEntry]:
+        return entries  # keeps to everything
+
+    def try_msrs(self, scratch: object, values: dict[int, int]) -> dict[int, MsrShown]:
+        return {}
 
     def probe(self, scratch: object) -> Probe:
         cpus = os.sched_getaffinity(0)

@@ -75,6 +75,34 @@ def test_numbers_that_must_be_equal_are_dropped_and_all_are_named() -> None:
     assert held(reports)["clflush-size"] == ("a", "b")
 
 
+def test_the_odd_one_is_named_where_all_must_be_equal() -> None:
+    usual = [report(f"n{number}", {"cpuid:0x1.0.ebx": 8 << 8}) for number in range(5)]
+    assert held([*usual, report("odd", {"cpuid:0x1.0.ebx": 16 << 8})])["clflush-size"] == ("odd",)
+
+
+def test_what_is_lost_with_its_base_is_held_back_by_who_holds_the_base() -> None:
+    """PKU needs its XSAVE component, whose place in the area must be the same everywhere (SDM vol. 1, 13.4)."""
+
+    def with_pkru(host: str, offset: int) -> Report:
+        pku = {
+            "cpuid:0x1.0.edx": FPU | 1 << 24 | 1 << 25,
+            "cpuid:0x1.0.ecx": 1 << 26,
+            "cpuid:0x7.0.ecx": 1 << 3,
+        }
+        area = {"cpuid:0xd.0.eax": 1 << 9 | 3, "cpuid:0xd.9.eax": 8, "cpuid:0xd.9.ebx": offset}
+        return report(host, {**INTEL, **pku, **area})
+
+    usual = [with_pkru(f"n{number}", 2688) for number in range(3)]
+    assert pool.baseline(usual).field("pku") == 1
+    assert not held(usual)
+    found = held([*usual, with_pkru("odd", 2432)])
+    assert {name: found[name] for name in ("pku", "xcr0-pkru", "xsave-pkru-offset")} == {
+        "pku": ("odd",),
+        "xcr0-pkru": ("odd",),
+        "xsave-pkru-offset": ("odd",),
+    }
+
+
 def test_nobody_is_blamed_for_what_a_fence_hides() -> None:
     reports = [report("a", {"cpuid:0x1.0.edx": FPU}), report("b", {"cpuid:0x1.0.edx": FPU})]
     found = pool.holders(reports, FeatureSet.empty("x86_64"))
@@ -88,6 +116,8 @@ def test_two_vendors_have_no_baseline_and_both_sides_are_named() -> None:
     (blocker,) = caught.value.blockers
     assert blocker.feature == "vendor"
     assert blocker.because == "AuthenticAMD on a1, GenuineIntel on i1, i2"
+    with pytest.raises(Incompatible, match="GenuineIntel on i1, AuthenticAMD on a1, a2"):
+        pool.baseline([*reports[:2], report("a2", AMD, "AuthenticAMD")])
     assert "AuthenticAMD on a1" in caught.value.message
 
 

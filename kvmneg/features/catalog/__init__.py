@@ -7,10 +7,6 @@ import. Merging needs only masks and rules; names are loaded when somebody asks 
 
 from __future__ import annotations
 
-from functools import reduce
-from importlib import import_module
-from typing import NamedTuple
-
 from kvmneg.errors import UsageError
 from kvmneg.features import rules
 
@@ -24,7 +20,13 @@ if TYPE_CHECKING:
 _RANGES = frozenset((rules.VERSION_RANGE, rules.VMX_CONTROLS))
 
 
+_WIDEST = (1 << 64) - 1  # no word has more bits
 _LONGEST_NAME = 64  # of what is looked up when a name is mistyped: comparing costs time by length
+
+
+def _tables(name: str) -> Any:
+    """A compiled module beside this one. Not by importlib: at start-up that costs more than the tables."""
+    return __import__(f"{__name__}._{name}", fromlist=("",))
 
 
 class Field:
@@ -52,7 +54,7 @@ class WordRules:
 
     __slots__ = (
         "all_and", "and_mask", "bits_mask", "bottom", "fields", "follow", "hint_mask", "judged", "known",
-        "or_mask", "ranges", "word",
+        "or_mask", "ranges", "unjudged", "word",
     )  # fmt: skip
 
     def __init__(self, row: tuple[str, int, int, int, tuple[tuple[int, int, str], ...], int, int]) -> None:
@@ -67,25 +69,30 @@ class WordRules:
         for field in self.fields:
             self.judged |= field.mask << field.shift
             self.bottom |= field.bottom << field.shift
+        self.unjudged = _WIDEST ^ self.judged
 
 
-class Requirement(NamedTuple):
-    """`mask` of a word needs `field` of `base` to be `least` or more (0: an or-field clear).
+class Requirement(tuple[int, int, str, int, int, int]):
+    """(mask, bottom, base, base's bottom, field, least): `mask` of a word needs `field` of `base` to be `least`.
 
-    `field` is a mask and `least` stands at its place, so that a test is one operation. A tuple, because closing
-    unpacks hundreds of them for each set.
+    Or more; a `least` of 0 is an or-field that is clear. `field` is a mask and `least` stands at its place, so
+    that a test is one operation. A tuple, because closing unpacks hundreds of them for each set, and no named
+    one, because importing typing costs four times as much as the whole catalogue.
     """
 
-    mask: int
-    bottom: int
-    base: str
-    base_bottom: int
-    field: int
-    least: int
+    __slots__ = ()
+
+    @property
+    def mask(self) -> int:
+        return self[0]
+
+    @property
+    def base(self) -> str:
+        return self[2]
 
     def met(self, base_value: int) -> bool:
-        value = base_value & self.field
-        return value >= self.least if self.least else not value
+        value = base_value & self[4]
+        return value >= self[5] if self[5] else not value
 
 
 class Catalog:
@@ -102,7 +109,7 @@ class Catalog:
                 f"no catalogue for architecture {architecture!r}",
                 hint=f"there is one for: {', '.join(available())}",
             )
-        tables = import_module(f"{__name__}._{architecture}")
+        tables = _tables(architecture)
         self.architecture = architecture
         self.words = {row[0]: WordRules(row) for row in tables.WORDS}
         self.raised_bottoms = frozenset(word for word, rule in self.words.items() if rule.bottom)
@@ -117,12 +124,14 @@ class Catalog:
         needs: dict[str, list[Requirement]] = {}
         for word, mask, base, field, least in tables.REQUIRES:
             bottoms = self.words[word].bottom & mask, self.words[base].bottom
-            needs.setdefault(word, []).append(Requirement(mask, bottoms[0], base, bottoms[1], field, least))
+            needs.setdefault(word, []).append(Requirement((mask, bottoms[0], base, bottoms[1], field, least)))
         self.requirements = {word: tuple(rows) for word, rows in needs.items()}
         # the bits of a word that need something, and their bottom: often a set has none of them
         self.dependents: dict[str, tuple[int, int]] = {}
         for word, rows in self.requirements.items():
-            every = reduce(int.__or__, (need.mask for need in rows))
+            every = 0
+            for mask, *_ in rows:
+                every |= mask
             self.dependents[word] = every, every & self.words[word].bottom
         # what there is to close when a word changed: the words with a need of it
         built_on: dict[str, dict[str, None]] = {}
@@ -196,12 +205,12 @@ class Feature:
 
 
 class Names:
-    """All features of one architecture by name, by alias, and by place."""
+    """All features of one architecture by name, by alias, and by place: a word's lowest bit first."""
 
     __slots__ = ("by_alias", "by_name", "by_place")
 
     def __init__(self, architecture: str) -> None:
-        tables = import_module(f"{__name__}._{architecture}_names")
+        tables = _tables(f"{architecture}_names")
         self.by_name = {row[0]: Feature(row) for row in tables.FEATURES}
         self.by_place: dict[str, list[Feature]] = {}
         self.by_alias: dict[str, list[Feature]] = {}
@@ -209,6 +218,8 @@ class Names:
             self.by_place.setdefault(feature.word, []).append(feature)
             for alias in {feature.qemu, feature.linux, feature.libvirt, feature.vendor} - {"", feature.name}:
                 self.by_alias.setdefault(alias, []).append(feature)
+        for features in self.by_place.values():
+            features.sort(key=lambda feature: feature.shift)
 
     def feature(self, name: str) -> Feature:
         """The feature of that name or unambiguous alias; raises UsageError with what is near it."""
@@ -231,7 +242,7 @@ class Names:
 
     def at(self, word: str, mask: int) -> Iterator[Feature]:
         """The features of a word that lie in `mask`, lowest bit first."""
-        for feature in sorted(self.by_place.get(word, ()), key=lambda f: f.shift):
+        for feature in self.by_place.get(word, ()):
             if feature.mask & mask:
                 yield feature
 

@@ -20,7 +20,7 @@ _loaded: dict[tuple[str, str], dict[str, Any]] = {}
 
 
 def available(kind: str) -> tuple[str, ...]:
-    """The names of a kind ("levels", "platforms", "boot"), sorted."""
+    """The names of a kind ("levels", "platforms", "boot", "vmms"), sorted."""
     names = os.listdir(os.path.join(_HERE, kind))
     return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
 
@@ -76,3 +76,8 @@ def platform(name: str, architecture: str) -> tuple[tuple[str, ...], tuple[str, 
     if bounds is None:
         raise UsageError(f"platform {name} is not defined for {architecture}")
     return tuple(bounds), tuple(table["features"].get(architecture, ()))
+
+
+def vmm(name: str) -> dict[str, Any]:
+    """What a VMM makes of KVM's set, as kvmneg.policy.vmm reads it. Raises UsageError for another name."""
+    return _load("vmms", name)
