@@ -22,7 +22,7 @@ test: setup-test build $(VENV)/.test  ## all tests, linters included; PYTEST_ARG
 lint: setup-test build $(VENV)/.test  ## the linters alone
 	@$(BIN)/pytest tests/lint $(PYTEST_ARGS)
 
-bench: setup-test build $(VENV)/.test  ## every figure with its target; KVMNEG_BENCH_STATE= for the state directory
+bench: setup-test build $(VENV)/.test $(VENV)/.bench  ## every figure with its target; KVMNEG_BENCH_STATE= for the state directory
 	@$(BIN)/python -P -c "import runpy, sys; sys.path.append('.'); runpy.run_module('bench', run_name='__main__')"
 
 build: $(VENV)/.built
@@ -49,6 +49,10 @@ $(VENV)/.run: pyproject.toml tools/constraints.txt | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.run
 	@$(PIP) install --use-pep517 --constraint tools/constraints.txt $$($(BIN)/python tools/dependencies.py test lint)
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@$(PIP) install --use-pep517 --constraint tools/constraints.txt $$($(BIN)/python tools/dependencies.py bench)
 	@touch $@
 
 # a plain install, not an editable one: that would rebuild at import and cost start-up time

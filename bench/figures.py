@@ -41,7 +41,9 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def interleaved(ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[float, float, float]:
-    """(median of the ratios, of ours, of theirs) over ROUNDS pairs, measured in turn."""
-    pairs = [(ours(), theirs()) for _ in range(ROUNDS)]
+def interleaved(
+    ours: Callable[[], float], theirs: Callable[[], float], rounds: int = ROUNDS
+) -> tuple[float, float, float]:
+    """(median of the ratios, of ours, of theirs) over `rounds` pairs, measured in turn."""
+    pairs = [(ours(), theirs()) for _ in range(rounds)]
     return median(a / b for a, b in pairs), median(a for a, _ in pairs), median(b for _, b in pairs)

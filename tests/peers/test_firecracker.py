@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Published Firecracker fingerprints: the same CPU under 5.10, 6.1 and 6.18, imported and compared.
+
+What each kernel added and removed is written down by hand, from the fingerprints' own bitmaps and the kernels'
+arch/x86/kvm/cpuid.c, and not from what `kvmneg compare` says.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from kvmneg import cli
+from kvmneg.errors import BadInput
+
+KERNELS = ("5.10", "6.1", "6.18")
+CPUS = ("AMD_MILAN", "INTEL_CASCADELAKE", "INTEL_ICELAKE")
+
+
+class Step(NamedTuple):
+    """One CPU from one kernel to the next: rows of word, feature, value before and after."""
+
+    cpu: str
+    older: str
+    newer: str
+    rows: tuple[tuple[str, str, int, int], ...]
+    # (word, bits) that changed and that nobody published a name for: kept in the report, never offered
+    nameless: tuple[tuple[str, int], ...] = ()
+
+
+STEPS = (
+    Step(
+        "AMD_MILAN",
+        "5.10",
+        "6.1",
+        (
+            # Predictive Store Forwarding Disable may be shown
+            ("cpuid:0x80000008.0.ebx", "amd-psfd", 0, 1),
+            # 5.10 passed leaf 0x8000001F through; 6.1 zeroes it where kvm_amd has no SEV
+            ("cpuid:0x8000001f.0.eax", "sme", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "sev", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "vm-page-flush", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "sev-es", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "sev-snp", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "vmpl", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "snp-secure-tsc", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "sme-coherent", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "sev-64bit-host", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "restricted-injection", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "alternate-injection", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "debug-swap", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "prevent-host-ibs", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "virt-transparent-encryption", 1, 0),
+            ("cpuid:0x8000001f.0.eax", "vmsa-register-protection", 1, 0),
+            ("cpuid:0x8000001f.0.ebx", "c-bit-position", 51, 0),
+            ("cpuid:0x8000001f.0.ebx", "phys-address-reduction", 5, 0),
+            ("cpuid:0x8000001f.0.ebx", "vmpl-count", 4, 0),
+            ("cpuid:0x8000001f.0.ecx", "encrypted-guests", 509, 0),
+            ("cpuid:0x8000001f.0.edx", "sev-lowest-asid", 510, 0),
+            # KVM has no MSR SMM_CTL, and says so
+            ("cpuid:0x80000021.0.eax", "no-smm-ctl-msr", 0, 1),
+        ),
+        # 5.10 passed ECX of leaf 0x80000021 through as it was
+        nameless=(("cpuid:0x80000021.0.ecx", 0x6000),),
+    ),
+    Step(
+        "AMD_MILAN",
+        "6.1",
+        "6.18",
+        (
+            # CET: shadow stacks, which is all that AMD has of it, with two supervisor XSAVE components
+            ("cpuid:0x7.0.ecx", "cet-ss", 0, 1),
+            ("cpuid:0xd.1.ecx", "xss-cet-u", 0, 1),
+            ("cpuid:0xd.1.ecx", "xss-cet-s", 0, 1),
+            ("cpuid:0xd.11.eax", "xsave-cet-u-size", 0, 16),
+            ("cpuid:0xd.11.ecx", "xsave-cet-u-flags", 0, 1),
+            ("cpuid:0xd.12.eax", "xsave-cet-s-size", 0, 24),
+            ("cpuid:0xd.12.ecx", "xsave-cet-s-flags", 0, 1),
+            # Intel's IBPB flushes the return predictor too; AMD's does not before IBPB_RET, so this bit is not made up
+            ("cpuid:0x7.0.edx", "spec-ctrl", 1, 0),
+            # leaf 0x80000022 is known; all its bits are zero here
+            ("cpuid:0x80000000.0.eax", "xlevel", 0x8000_0021, 0x8000_0022),
+            # the guest-physical width is told; 0 before, which means: as wide as the physical one
+            ("cpuid:0x80000008.0.eax", "guest-phys-bits", 0, 48),
+            ("cpuid:0x80000008.0.ebx", "amd-ibrs-same-mode", 0, 1),
+            # what came with the mitigations of SRSO and TSA
+            ("cpuid:0x80000021.0.eax", "sbpb", 0, 1),
+            ("cpuid:0x80000021.0.eax", "ibpb-brtype", 0, 1),
+            ("cpuid:0x80000021.0.ecx", "tsa-sq-no", 0, 1),
+            ("cpuid:0x80000021.0.ecx", "tsa-l1-no", 0, 1),
+        ),
+    ),
+    Step("INTEL_CASCADELAKE", "5.10", "6.1", ()),
+    Step(
+        "INTEL_CASCADELAKE",
+        "6.1",
+        "6.18",
+        (
+            # MSR IA32_FLUSH_CMD may be used
+            ("cpuid:0x7.0.edx", "flush-l1d", 0, 1),
+            ("cpuid:0x80000008.0.eax", "guest-phys-bits", 0, 46),
+        ),
+    ),
+    Step(
+        "INTEL_ICELAKE",
+        "5.10",
+        "6.1",
+        (
+            # PEBS for guests on the Ice Lake server, and so the debug store and its 64-bit layout
+            ("cpuid:0x1.0.ecx", "dtes64", 0, 1),
+            ("cpuid:0x1.0.edx", "ds", 0, 1),
+            # leaf 7 subleaf 2 came with the bits of IA32_SPEC_CTRL
+            ("cpuid:0x7.0.eax", "level-func7", 1, 2),
+            ("cpuid:0x7.2.edx", "intel-psfd", 0, 1),
+        ),
+    ),
+    Step(
+        "INTEL_ICELAKE",
+        "6.1",
+        "6.18",
+        (
+            ("cpuid:0x7.0.edx", "flush-l1d", 0, 1),
+            ("cpuid:0x80000008.0.eax", "guest-phys-bits", 0, 46),
+        ),
+    ),
+)
+
+Capture = pytest.CaptureFixture[str]
+
+
+def fingerprint(cpu: str, kernel: str) -> Path:
+    folder = os.environ.get("KVMNEG_PEER_DATA", "")
+    if not folder:
+        pytest.skip("KVMNEG_PEER_DATA is not set")
+    return Path(folder) / "firecracker" / f"fingerprint_{cpu}_{kernel}host.json.gz"
+
+
+def imported(capsys: Capture, folder: Path, cpu: str, kernel: str) -> Path:
+    """The report file that `kvmneg import` makes of a fingerprint."""
+    arguments = ["firecracker-fingerprint", str(fingerprint(cpu, kernel)), "--host", f"{cpu} {kernel}"]
+    assert cli.main(["import", *arguments, "--json"]) == 0
+    report = folder / f"{cpu}_{kernel}.json"
+    report.write_text(capsys.readouterr().out, "utf-8")
+    return report
+
+
+def raw_words(path: Path) -> dict[str, int]:
+    """The CPUID bitmaps of a fingerprint, read without this project, outside the hypervisor's leaves."""
+    config = json.loads(gzip.decompress(path.read_bytes()))["guest_cpu_config"]
+    return {
+        f"cpuid:{leaf['leaf']}.{int(leaf['subleaf'], 16)}.{row['register']}": int(row["bitmap"], 2)
+        for leaf in config["cpuid_modifiers"]
+        for row in leaf["modifiers"]
+        if not leaf["leaf"].startswith("0x4000")
+    }
+
+
+def named_bits(differences: list[dict[str, Any]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for row in differences:
+        high, _, low = str(row.get("bits", row.get("bit"))).partition(":")
+        low = low or high
+        found[row["word"]] = found.get(row["word"], 0) | (2 << int(high)) - (1 << int(low))
+    return found
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.cpu} {step.older} to {step.newer}")
+def test_compare_names_exactly_what_a_kernel_changed(step: Step, capsys: Capture, tmp_path: Path) -> None:
+    a, b = (imported(capsys, tmp_path, step.cpu, kernel) for kernel in (step.older, step.newer))
+    status = cli.main(["compare", str(a), str(b), "--json"])
+    document = json.loads(capsys.readouterr().out)
+    rows = [
+        (row["word"], row["feature"], int(row["a"], 16), int(row["b"], 16)) for row in document["differences"]
+    ]
+    assert sorted(rows) == sorted(step.rows)
+    assert status == (1 if step.rows else 0)
+
+    older, newer = (raw_words(fingerprint(step.cpu, kernel)) for kernel in (step.older, step.newer))
+    named = named_bits(document["differences"])
+    unnamed = {
+        word: bits
+        for word in {*older, *newer}
+        if (bits := (older.get(word, 0) ^ newer.get(word, 0)) & ~named.get(word, 0))
+    }
+    assert unnamed == dict(step.nameless)
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_fingerprint_is_marked_and_keeps_what_it_was_taken_under(
+    cpu: str, kernel: str, capsys: Capture, tmp_path: Path
+) -> None:
+    document = json.loads(imported(capsys, tmp_path, cpu, kernel).read_text("utf-8"))
+    assert document["measured"]["source"] == "firecracker-fingerprint, KVM-supported"
+    assert document["combo"]["kernel"].startswith(f"{kernel}.")
+    assert document["combo"]["microcode"].startswith("0x")
+    assert "silicon" not in document
+    assert document["identity"]["vendor"] == ("AuthenticAMD" if cpu.startswith("AMD") else "GenuineIntel")
+    assert "cpuid:0x40000001.0.eax" in document["offer"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_fingerprint_of_arm64_says_what_is_missing(kernel: str) -> None:
+    from kvmneg.emit import firecracker_fingerprint
+    from kvmneg.emit.imported import Measured
+
+    path = fingerprint("ARM_NEOVERSE_N1", kernel)
+    with pytest.raises(BadInput, match="arm64, for which this build has no catalogue"):
+        firecracker_fingerprint.read(path.read_bytes(), Measured(str(path)))

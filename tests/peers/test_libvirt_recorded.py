@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What libvirt 11.3 made of 31 real hosts, recorded in its own tests, against what this project makes of them.
+
+Three questions on each host: do the names decoded from its raw CPUID equal libvirt's model, expanded, plus its
+features; does QEMU's recorded reply mean the same bits to both; and is the baseline of each pair what libvirt's
+plain AND of the two sets is? The answers differ in what libvirt_differences.txt lists, one difference a line:
+
+    map NAME                    libvirt's map has a bit under a name that the catalogue does not have there
+    host DUMP -NAME             decoded from raw CPUID: "-" only libvirt has it, "+" only kvmneg
+    guest DUMP -NAME            the same of the model that libvirt would give a guest
+    enabled DUMP +NAME          of QEMU's reply
+    unmerged NAME               a feature that libvirt merges and kvmneg does not, by its rule
+    pair DUMP DUMP +NAME        of the baseline of two
+
+each followed by who is wrong ("libvirt:", "kvmneg:" or "neither:") and why. A line that does not show is stale
+and fails, like a difference that is not listed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from kvmneg.emit import libvirt_cpudata, qemu_expansion
+from kvmneg.emit.imported import Measured
+from kvmneg.features import catalog as catalogs
+from kvmneg.features import rules, words
+from kvmneg.features.featureset import FeatureSet, meet_all
+from kvmneg.features.report import Report
+
+HERE = Path(__file__).parent
+LIST = HERE / "libvirt_differences.txt"
+PREFIX = "x86_64-cpuid-"
+VERSION = "11.3"  # of the libvirt whose test data and CPU map these are
+FIELDS = {"map": 2, "host": 3, "guest": 3, "enabled": 3, "unmerged": 2, "pair": 4}
+WRONG = ("libvirt:", "kvmneg:", "neither:")
+
+Difference = tuple[str, ...]
+Words = dict[str, int]
+NAMES = catalogs.names(words.X86_64)
+
+
+class CpuMap:
+    """libvirt's cpu_map directory: its features by name and place, and its models expanded."""
+
+    def __init__(self, directory: Path) -> None:
+        self._models: dict[str, ET.Element] = {}
+        for path in directory.glob("x86_*.xml"):
+            for model in ET.parse(path).getroot().findall("model"):
+                self._models[model.attrib["name"]] = model
+        root = ET.parse(directory / "x86_features.xml").getroot()
+        self.places = {
+            feature.attrib["name"]: dict(self._places(feature)) for feature in root.iter("feature")
+        }
+
+    @staticmethod
+    def _places(feature: ET.Element) -> Iterator[tuple[str, int]]:
+        for item in feature:
+            if item.tag == "cpuid":
+                leaf, subleaf = (int(item.get(name, "0"), 16) for name in ("eax_in", "ecx_in"))
+                for register in words.REGISTERS:
+                    if register in item.attrib:
+                        yield words.cpuid_word(leaf, subleaf, register), int(item.attrib[register], 16)
+            elif item.tag == "msr":
+                low, high = (int(item.get(name, "0"), 16) for name in ("eax", "edx"))
+                yield words.msr_word(int(item.attrib["index"], 16)), high << 32 | low
+
+    def expand(self, name: str) -> set[str]:
+        """A model's features. What a later libvirt added to a model, or removed, is not assumed of a CPU."""
+        model = self._models[name]
+        found: set[str] = set()
+        base = model.find("model")
+        if base is not None:
+            found |= self.expand(base.attrib["name"])
+        for feature in model.findall("feature"):
+            if feature.get("removed") == "yes":
+                found.discard(feature.attrib["name"])
+            elif feature.get("added") != "yes":
+                found.add(feature.attrib["name"])
+        return found
+
+    def effective(self, cpu: ET.Element) -> frozenset[str]:
+        """The features of a <cpu>: its model's, with those that it requires and without those it disables."""
+        found = self.expand(cpu.findtext("model", ""))
+        for feature in cpu.findall("feature"):
+            change = found.discard if feature.get("policy") == "disable" else found.add
+            change(feature.attrib["name"])
+        return frozenset(found)
+
+    def names(self, values: dict[str, int]) -> frozenset[str]:
+        """libvirt's names, as the catalogue has them, of the bits that are set in our words."""
+        features = (feature for word, value in values.items() for feature in NAMES.at(word, value))
+        return frozenset(feature.libvirt for feature in features if feature.libvirt in self.places)
+
+
+class Dump:
+    """One recorded host: its raw CPUID as a report, and what libvirt and QEMU said of it."""
+
+    def __init__(self, name: str, files: dict[str, bytes]) -> None:
+        self.name = name
+        self._files = files
+        self.report: Report = libvirt_cpudata.read(files[".xml"], Measured(name))
+
+    def xml(self, kind: str) -> ET.Element:
+        return ET.fromstring(self._files[f"-{kind}.xml"])
+
+    @cached_property
+    def vendor(self) -> str:
+        return self.xml("host").findtext("vendor", "")
+
+    def reply(self) -> Words | None:
+        """The words of QEMU's reply, where it was recorded (the file goes on with other replies)."""
+        if ".json" not in self._files:
+            return None
+        first, _ = json.JSONDecoder().raw_decode(self._files[".json"].decode())
+        return qemu_expansion.read(json.dumps(first).encode(), Measured(self.name)).offer_words
+
+    def enabled(self) -> Words:
+        """What libvirt read out of that reply."""
+        return libvirt_cpudata.read(self._files["-enabled.xml"], Measured(self.name)).offer_words
+
+
+@pytest.fixture(scope="module")
+def dumps() -> list[Dump]:
+    """The 31 hosts, in the order of their names."""
+    folder = os.environ.get("KVMNEG_PEER_DATA", "")
+    if not folder:
+        pytest.skip("KVMNEG_PEER_DATA is not set")
+    files: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(Path(folder) / "libvirt/cputestdata-half.tar.xz") as archive:
+        content = {
+            Path(member.name).name.removeprefix(PREFIX): archive.extractfile(member) for member in archive
+        }
+        data = {name: file.read() for name, file in content.items() if file is not None}
+    hosts = sorted(name.removesuffix("-host.xml") for name in data if name.endswith("-host.xml"))
+    for host in hosts:
+        kinds = (".xml", ".json", "-host.xml", "-guest.xml", "-enabled.xml")
+        files[host] = {kind: data[host + kind] for kind in kinds if host + kind in data}
+    return [Dump(host, files[host]) for host in hosts]
+
+
+@pytest.fixture(scope="module")
+def cpu_map() -> CpuMap:
+    """The CPU map of that libvirt, out of its unpacked package."""
+    location = HERE.parent / "packages" / "__init__.py"
+    spec = importlib.util.spec_from_file_location(
+        "side_by_side", location, submodule_search_locations=[str(location.parent)]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules["side_by_side"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    store = importlib.import_module("side_by_side.store")
+    errors = importlib.import_module("side_by_side.errors")
+    try:
+        tree = store.Store().get(store.Wanted("libvirt-common", VERSION, "trixie", alone=True))
+    except errors.Unreachable as error:
+        pytest.skip(f"the mirror is not reachable: {error}")
+    assert tree.version.startswith(VERSION), (
+        f"the mirror has libvirt {tree.version}, the data are of {VERSION}"
+    )
+    return CpuMap(tree.path("usr/share/libvirt/cpu_map"))
+
+
+@pytest.fixture(scope="module")
+def listed() -> set[Difference]:
+    """The list, each line well formed and there once."""
+    found: set[Difference] = set()
+    for number, text in enumerate(LIST.read_text("utf-8").splitlines(), 1):
+        if not text.strip() or text.startswith("#"):
+            continue
+        fields = text.split()
+        amount = FIELDS[fields[0]]
+        line = tuple(fields[:amount])
+        assert len(fields) > amount + 1 and fields[amount] in WRONG, f"{LIST.name}:{number}: who, and why?"
+        assert "*" not in text, f"{LIST.name}:{number}: no wildcards"
+        assert line not in found, f"{LIST.name}:{number}: listed twice"
+        found.add(line)
+    return found
+
+
+def compare(
+    kind: str, found: set[Difference], listed: set[Difference], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fail with every difference that is not listed and every line that is stale; print how many there are."""
+    known = {line for line in listed if line[0] == kind}
+    with capsys.disabled():
+        sys.stdout.write(f"\nlibvirt, {kind}: {len(found)} differences, {len(known)} listed\n")
+    assert not found - known, "not listed:\n" + "\n".join(" ".join(line) for line in sorted(found - known))
+    assert not known - found, "stale:\n" + "\n".join(" ".join(line) for line in sorted(known - found))
+
+
+def signed(ours: frozenset[str], theirs: frozenset[str]) -> list[str]:
+    return sorted([f"+{name}" for name in ours - theirs] + [f"-{name}" for name in theirs - ours])
+
+
+def test_the_catalogue_has_every_name_of_libvirts_map(
+    cpu_map: CpuMap, listed: set[Difference], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: set[Difference] = {
+        ("map", name)
+        for name, places in cpu_map.places.items()
+        for word, mask in places.items()
+        if {(f.libvirt, f.mask) for f in NAMES.at(word, mask)} != {(name, mask)}
+    }
+    compare("map", found, listed, capsys)
+
+
+@pytest.mark.parametrize("kind", ["host", "guest"])
+def test_names_decoded_from_raw_cpuid_are_libvirts_model_and_features(
+    kind: str,
+    dumps: list[Dump],
+    cpu_map: CpuMap,
+    listed: set[Difference],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert len(dumps) == 31
+    found: set[Difference] = set()
+    for dump in dumps:
+        ours, theirs = cpu_map.names(dump.report.offer_words), cpu_map.effective(dump.xml(kind))
+        assert len(theirs) > 25, "a host has more features than that"
+        found |= {(kind, dump.name, name) for name in signed(ours, theirs)}
+    compare(kind, found, listed, capsys)
+
+
+def test_qemus_reply_means_the_same_bits(
+    dumps: list[Dump], cpu_map: CpuMap, listed: set[Difference], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: set[Difference] = set()
+    replies = 0
+    for dump in dumps:
+        reply = dump.reply()
+        if reply is not None:
+            replies += 1
+            names = signed(cpu_map.names(reply), cpu_map.names(dump.enabled()))
+            found |= {("enabled", dump.name, name) for name in names}
+    assert replies == 25
+    compare("enabled", found, listed, capsys)
+
+
+def test_a_pair_of_two_vendors_has_no_baseline(dumps: list[Dump]) -> None:
+    """libvirt refuses these too (virCPUx86Baseline: "CPU vendors do not match")."""
+    mixed = [(a, b) for a, b in combinations(dumps, 2) if a.vendor != b.vendor]
+    assert len(mixed) == 24 * 6 + 24 + 6
+    for a, b in mixed:
+        assert meet_all((a.report.offer, b.report.offer)).conflicts, f"{a.name} and {b.name}"
+
+
+def _merged(name: str, cpu_map: CpuMap) -> bool:
+    """Whether the bits of one of libvirt's names merge here; all of a name's places must say the same."""
+    kinds: set[bool] = set()
+    for word, mask in cpu_map.places[name].items():
+        named = {feature.rule for feature in NAMES.at(word, mask)}
+        whole = catalogs.load(words.X86_64).leaf_rule(word) or ""
+        kinds |= {rule not in rules.UNMERGED for rule in named or {whole}}
+    assert len(kinds) == 1, name
+    return kinds.pop()
+
+
+def test_what_is_never_merged_is_listed(
+    dumps: list[Dump], cpu_map: CpuMap, listed: set[Difference], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: frozenset[str] = frozenset().union(*(cpu_map.effective(dump.xml("host")) for dump in dumps))
+    found: set[Difference] = {("unmerged", name) for name in seen if not _merged(name, cpu_map)}
+    compare("unmerged", found, listed, capsys)
+
+
+def test_baselines_of_pairs_are_libvirts_sets_where_a_plain_and_is_right(
+    dumps: list[Dump], cpu_map: CpuMap, listed: set[Difference], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = {dump.name: cpu_map.effective(dump.xml("host")) for dump in dumps}
+    unmerged = {line[1] for line in listed if line[0] == "unmerged"}
+    found: set[Difference] = set()
+    pairs = 0
+    for a, b in combinations(dumps, 2):
+        if a.vendor != b.vendor:
+            continue
+        pairs += 1
+        met: FeatureSet = meet_all((a.report.offer, b.report.offer))
+        assert not met.conflicts
+        ours = cpu_map.names(met.words) - unmerged
+        theirs = (sets[a.name] & sets[b.name]) - unmerged
+        found |= {("pair", a.name, b.name, name) for name in signed(ours, theirs)}
+    assert pairs == 24 * 23 // 2 + 6 * 5 // 2
+    compare("pair", found, listed, capsys)
