@@ -13,7 +13,7 @@ esac
 packages=(python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev "$qemu")
 case ${1:-} in
     run) ;;
-    test) packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user scdoc mandoc shellcheck procps g++) ;;
+    test) packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user scdoc mandoc shellcheck procps g++ gpg gpg-agent gpgv apt-utils) ;;
     *) echo "usage: $0 run|test" >&2; exit 2 ;;
 esac
 

@@ -156,7 +156,9 @@ def _explain_somehow(error: KvmnegError, full: OSError) -> None:
     try:
         sys.stderr.write(f"kvmneg: {error.message}\nkvmneg: cannot write the output: {full.strerror}\n")
     except OSError:
-        pass  # no room on standard error either: the exit status is left
+        # No room on standard error either: the exit status is left, and it must survive the interpreter's own
+        # attempt to write out what lies in the buffer (Python makes 120 of that).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def failure(error: KvmnegError) -> dict[str, object]:

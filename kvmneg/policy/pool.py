@@ -77,10 +77,13 @@ def kinds(reports: Sequence[Report]) -> list[Kind]:
     if len(reports) > limits.REPORTS_PER_BASELINE:
         raise LimitExceeded("REPORTS_PER_BASELINE", limits.REPORTS_PER_BASELINE)
     found: dict[tuple[str, tuple[int, ...], tuple[str, ...]], Kind] = {}
+    shapes: dict[tuple[str, ...], tuple[str, ...]] = {}  # one copy of each: hosts mostly have the same words
     for report in reports:
         # by raw words: making ten thousand canonical sets would cost more than merging them
         raw = report.offer_words
-        key = (report.architecture, tuple(raw.values()), tuple(raw))
+        addresses = tuple(raw)
+        addresses = shapes.setdefault(addresses, addresses)
+        key = (report.architecture, tuple(raw.values()), addresses)
         kind = found.get(key)
         if kind is None:
             found[key] = Kind(report)
