@@ -209,6 +209,8 @@ def _user_components(words: Mapping[str, int], user: int, area: int) -> Iterator
     """Components 2 to 62 of XCR0, which have their places in the area that is not compacted."""
     placed = []
     for number in _bits(user):
+        if f"cpuid:0xd.{number}.eax" not in words and f"cpuid:0xd.{number}.ebx" not in words:
+            continue  # not measured
         size, offset, flags = _component(words, number)
         end = offset + size
         what = ""
