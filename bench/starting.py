@@ -30,7 +30,7 @@ def interpreter() -> float:
 def with_catalogue() -> float:
     """The interpreter, and the catalogue's rules loaded: what every program of kvmneg's begins with."""
     code = "from kvmneg.features import catalog; catalog.load('x86_64')"
-    return seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True))
+    return seconds(lambda: subprocess.run([sys.executable, "-P", "-c", code], check=True))
 
 
 def activated(listener: socket.socket, state: str) -> subprocess.Popen[bytes]:
