@@ -206,19 +206,6 @@ def combo(
     return {name: value for name, value in found.items() if value is not None}
 
 
-def combo_digest(combo: Mapping[str, Any]) -> str:
-    """SHA-256 of a combo without its boot id: "sha256:" and 64 hexadecimal digits.
-
-    Equal digests mean the same software on the same machine, in this boot or another.
-    """
-    import json
-    from hashlib import sha256  # 4 ms at import
-
-    lasting = {name: value for name, value in combo.items() if name != "boot"}
-    text = json.dumps(lasting, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return "sha256:" + sha256(text.encode()).hexdigest()
-
-
 def host_name(roots: Roots = Roots()) -> str:  # noqa: B008
     """The host's name (uname nodename)."""
     return read(f"{roots.proc}/sys/kernel/hostname") or ""
