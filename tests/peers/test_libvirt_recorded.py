@@ -19,115 +19,38 @@ and fails, like a difference that is not listed.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
-import tarfile
-from collections.abc import Iterator
-from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from xml.etree import ElementTree as ET
+from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmneg.emit import libvirt_cpudata, qemu_expansion
-from kvmneg.emit.imported import Measured
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
 from kvmneg.features.featureset import FeatureSet, meet_all
-from kvmneg.features.report import Report
 
 HERE = Path(__file__).parent
+
+if TYPE_CHECKING:
+    from tests.peers import libvirt_data
+    from tests.peers.libvirt_data import CpuMap, Dump
+else:  # tests are imported without their folders on the path
+    if "libvirt_data" not in sys.modules:
+        found = importlib.util.spec_from_file_location("libvirt_data", HERE / "libvirt_data.py")
+        sys.modules["libvirt_data"] = importlib.util.module_from_spec(found)
+        found.loader.exec_module(sys.modules["libvirt_data"])
+    libvirt_data = sys.modules["libvirt_data"]
+    CpuMap, Dump = libvirt_data.CpuMap, libvirt_data.Dump
+
 LIST = HERE / "libvirt_differences.txt"
-PREFIX = "x86_64-cpuid-"
 VERSION = "11.3"  # of the libvirt whose test data and CPU map these are
 FIELDS = {"map": 2, "host": 3, "guest": 3, "enabled": 3, "unmerged": 2, "pair": 4}
 WRONG = ("libvirt:", "kvmneg:", "neither:")
 
 Difference = tuple[str, ...]
-Words = dict[str, int]
-NAMES = catalogs.names(words.X86_64)
-
-
-class CpuMap:
-    """libvirt's cpu_map directory: its features by name and place, and its models expanded."""
-
-    def __init__(self, directory: Path) -> None:
-        self._models: dict[str, ET.Element] = {}
-        for path in directory.glob("x86_*.xml"):
-            for model in ET.parse(path).getroot().findall("model"):
-                self._models[model.attrib["name"]] = model
-        root = ET.parse(directory / "x86_features.xml").getroot()
-        self.places = {
-            feature.attrib["name"]: dict(self._places(feature)) for feature in root.iter("feature")
-        }
-
-    @staticmethod
-    def _places(feature: ET.Element) -> Iterator[tuple[str, int]]:
-        for item in feature:
-            if item.tag == "cpuid":
-                leaf, subleaf = (int(item.get(name, "0"), 16) for name in ("eax_in", "ecx_in"))
-                for register in words.REGISTERS:
-                    if register in item.attrib:
-                        yield words.cpuid_word(leaf, subleaf, register), int(item.attrib[register], 16)
-            elif item.tag == "msr":
-                low, high = (int(item.get(name, "0"), 16) for name in ("eax", "edx"))
-                yield words.msr_word(int(item.attrib["index"], 16)), high << 32 | low
-
-    def expand(self, name: str) -> set[str]:
-        """A model's features. What a later libvirt added to a model, or removed, is not assumed of a CPU."""
-        model = self._models[name]
-        found: set[str] = set()
-        base = model.find("model")
-        if base is not None:
-            found |= self.expand(base.attrib["name"])
-        for feature in model.findall("feature"):
-            if feature.get("removed") == "yes":
-                found.discard(feature.attrib["name"])
-            elif feature.get("added") != "yes":
-                found.add(feature.attrib["name"])
-        return found
-
-    def effective(self, cpu: ET.Element) -> frozenset[str]:
-        """The features of a <cpu>: its model's, with those that it requires and without those it disables."""
-        found = self.expand(cpu.findtext("model", ""))
-        for feature in cpu.findall("feature"):
-            change = found.discard if feature.get("policy") == "disable" else found.add
-            change(feature.attrib["name"])
-        return frozenset(found)
-
-    def names(self, values: dict[str, int]) -> frozenset[str]:
-        """libvirt's names, as the catalogue has them, of the bits that are set in our words."""
-        features = (feature for word, value in values.items() for feature in NAMES.at(word, value))
-        return frozenset(feature.libvirt for feature in features if feature.libvirt in self.places)
-
-
-class Dump:
-    """One recorded host: its raw CPUID as a report, and what libvirt and QEMU said of it."""
-
-    def __init__(self, name: str, files: dict[str, bytes]) -> None:
-        self.name = name
-        self._files = files
-        self.report: Report = libvirt_cpudata.read(files[".xml"], Measured(name))
-
-    def xml(self, kind: str) -> ET.Element:
-        return ET.fromstring(self._files[f"-{kind}.xml"])
-
-    @cached_property
-    def vendor(self) -> str:
-        return self.xml("host").findtext("vendor", "")
-
-    def reply(self) -> Words | None:
-        """The words of QEMU's reply, where it was recorded (the file goes on with other replies)."""
-        if ".json" not in self._files:
-            return None
-        first, _ = json.JSONDecoder().raw_decode(self._files[".json"].decode())
-        return qemu_expansion.read(json.dumps(first).encode(), Measured(self.name)).offer_words
-
-    def enabled(self) -> Words:
-        """What libvirt read out of that reply."""
-        return libvirt_cpudata.read(self._files["-enabled.xml"], Measured(self.name)).offer_words
+NAMES = libvirt_data.NAMES
 
 
 @pytest.fixture(scope="module")
@@ -136,17 +59,7 @@ def dumps() -> list[Dump]:
     folder = os.environ.get("KVMNEG_PEER_DATA", "")
     if not folder:
         pytest.skip("KVMNEG_PEER_DATA is not set")
-    files: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(Path(folder) / "libvirt/cputestdata-half.tar.xz") as archive:
-        content = {
-            Path(member.name).name.removeprefix(PREFIX): archive.extractfile(member) for member in archive
-        }
-        data = {name: file.read() for name, file in content.items() if file is not None}
-    hosts = sorted(name.removesuffix("-host.xml") for name in data if name.endswith("-host.xml"))
-    for host in hosts:
-        kinds = (".xml", ".json", "-host.xml", "-guest.xml", "-enabled.xml")
-        files[host] = {kind: data[host + kind] for kind in kinds if host + kind in data}
-    return [Dump(host, files[host]) for host in hosts]
+    return libvirt_data.dumps(Path(folder))
 
 
 @pytest.fixture(scope="module")
