@@ -62,6 +62,33 @@ class CpuMap:
                 found.add(feature.attrib["name"])
         return found
 
+    def has_model(self, name: str) -> bool:
+        return name in self._models
+
+    def describe(self, names: frozenset[str], vendor: str, *, guest: bool = False) -> str:
+        """A <cpu> of this map that has exactly these features: the model with most of them, and the others."""
+        known = names & self.places.keys()
+        fitting = [
+            name for name in self._models if self.vendor(name) in ("", vendor) and self.expand(name) <= known
+        ]
+        model = max(fitting, key=lambda name: (len(self.expand(name)), name))
+        cpu = ET.Element("cpu", {"mode": "custom", "match": "exact"} if guest else {})
+        if not guest:
+            ET.SubElement(cpu, "arch").text = "x86_64"
+        ET.SubElement(cpu, "model").text = model
+        ET.SubElement(cpu, "vendor").text = vendor
+        for name in sorted(known - self.expand(model)):
+            ET.SubElement(cpu, "feature", {"name": name, **({"policy": "require"} if guest else {})})
+        return ET.tostring(cpu, "unicode")
+
+    def vendor(self, name: str) -> str:
+        """The vendor that a model is bound to, "" where it is to none."""
+        model = self._models[name]
+        own, base = model.find("vendor"), model.find("model")
+        if own is not None:
+            return own.attrib["name"]
+        return self.vendor(base.attrib["name"]) if base is not None else ""
+
     def effective(self, cpu: ET.Element) -> frozenset[str]:
         """The features of a <cpu>: its model's, with those that it requires and without those it disables."""
         found = self.expand(cpu.findtext("model", ""))
