@@ -37,6 +37,7 @@ else:
 
 NEEDED = ("apt-get", "dpkg-deb", "gpg", "tar")
 HELLO = store.Wanted("hello", "2.0", "stable")
+HELLO_TREE = store.Tree(Path(), "hello", "2.0", "stable", "amd64", False, [])
 
 
 class Made(NamedTuple):
@@ -159,6 +160,38 @@ def test_a_package_alone_comes_without(made: Made, tmp_path: Path) -> None:
     assert tree.packages == ["hello_2.0.7-1_amd64.deb"]
     assert packages.cached(HELLO) is None, "whoever wants the dependencies too is not served with this"
     assert packages.cached(HELLO._replace(alone=True)) == tree
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Tree:
+    """A tree whose links say, beside the ordinary, what leads out of it or nowhere."""
+    root = tmp_path / "root"
+    (root / "usr/lib").mkdir(parents=True)
+    (root / "usr/lib/linker-1").touch()
+    links = {
+        "lib": "usr/lib",
+        "lib64": "/usr/lib",
+        "usr/lib/linker": "/lib64/linker-1",
+        "usr/lib/above": "../../../../../usr/lib/linker",
+        "usr/lib/circle": "circle",
+        "usr/lib/outside": str(tmp_path / "outside"),
+    }
+    (tmp_path / "outside").touch()
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    return HELLO_TREE._replace(root=root)
+
+
+@pytest.mark.parametrize("name", ["lib64/linker", "/lib/linker", "usr/lib/above", "lib/../lib/linker-1"])
+def test_links_are_followed_within_the_tree(name: str, linked: Tree) -> None:
+    """A link to an absolute path is one from the tree's root: the installed system has such a file too."""
+    assert linked.path(name) == linked.root / "usr/lib/linker-1"
+
+
+@pytest.mark.parametrize("name", ["lib/circle", "lib/outside", "lib/none"])
+def test_links_out_of_the_tree_lead_to_nothing(name: str, linked: Tree) -> None:
+    with pytest.raises(errors.PackageError, match=f"hello 2.0 has no {name}"):
+        linked.path(name)
 
 
 def test_what_is_cached_needs_no_mirror(made: Made, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from .errors import PackageError
@@ -15,6 +15,7 @@ _LINKERS = {
     "amd64": ("lib64/ld-linux-x86-64.so.2", "x86_64-linux-gnu"),
     "arm64": ("lib/ld-linux-aarch64.so.1", "aarch64-linux-gnu"),
 }
+_LINKS = 40  # followed in one path, as Linux does (MAXSYMLINKS)
 # Libraries that programs find by an absolute run path, which would be the installed system's.
 _PRIVATE_LIBRARIES = ("pulseaudio", "libvirt")
 
@@ -31,9 +32,26 @@ class Tree(NamedTuple):
     packages: list[str]
 
     def path(self, name: str) -> Path:
-        """A file of the tree by its path below /. Raises PackageError where the tree has none."""
-        found = self.root / name.lstrip("/")
-        if not found.exists():
+        """A file of the tree by its path below /, links followed within it. Raises PackageError where it has none.
+
+        Debian 12's /lib64/ld-linux-x86-64.so.2 is a link to /lib/…: to the installed system's linker, for who
+        follows it out of the tree. With a newer system's linker, the tree's libc says "stack smashing detected".
+        """
+        found, links = self.root, 0
+        rest = list(reversed(PurePosixPath("/", name).parts))
+        while rest:
+            part = rest.pop()
+            step = found / part
+            if part == "/":
+                found = self.root
+            elif part == "..":
+                found = self.root if found == self.root else found.parent
+            elif step.is_symlink() and links < _LINKS:
+                links += 1
+                rest += reversed(PurePosixPath(step.readlink()).parts)
+            else:
+                found = step
+        if found.is_symlink() or not found.exists():
             raise PackageError(f"{self.package} {self.version} has no {name}")
         return found
 
