@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 if TYPE_CHECKING:
-    from tests.packages import archive, errors, store, versions
+    from tests.packages import archive, errors, store, tree, versions
     from tests.packages.tree import Tree
 else:
     if "kvmneg_packages" not in sys.modules:  # tests are imported without their folders on the path
@@ -30,14 +30,13 @@ else:
             "kvmneg_packages", here / "__init__.py", submodule_search_locations=[str(here)]
         )
         sys.modules["kvmneg_packages"] = importlib.util.module_from_spec(spec)
-    archive, errors, store, versions = (
+    archive, errors, store, tree, versions = (
         importlib.import_module(f"kvmneg_packages.{name}")
-        for name in ("archive", "errors", "store", "versions")
+        for name in ("archive", "errors", "store", "tree", "versions")
     )
 
 NEEDED = ("apt-get", "dpkg-deb", "gpg", "tar")
 HELLO = store.Wanted("hello", "2.0", "stable")
-HELLO_TREE = store.Tree(Path(), "hello", "2.0", "stable", "amd64", False, [])
 
 
 class Made(NamedTuple):
@@ -179,7 +178,7 @@ def linked(tmp_path: Path) -> Tree:
     (tmp_path / "outside").touch()
     for name, target in links.items():
         (root / name).symlink_to(target)
-    return HELLO_TREE._replace(root=root)
+    return tree.Tree(root, "hello", "2.0", "stable", "amd64", alone=False, packages=[])
 
 
 @pytest.mark.parametrize("name", ["lib64/linker", "/lib/linker", "usr/lib/above", "lib/../lib/linker-1"])

@@ -159,17 +159,22 @@ def test_baselines_with_this_host_differ_only_by_a_known_cause(
     """On CPUID, which both read by the instruction; MSRs they get by different ways."""
     found = live(version)
     own = found.hosts[libvirt_answers.OWN]
-    misread = [
-        feature.name
+    misread = {
+        name: (feature.word, feature.shift)
         for name, feature in libvirt_causes.compared(found.cpu_map)
         if feature.word.startswith("cpuid:")
         and (own.raw.get(feature.word, 0) & feature.mask == feature.mask) != (name in own.told)
-    ]
-    assert misread == []
+    }
+    # of a Haswell's, where they are broken, libvirt reads none (cpu_x86.c, x86DataFilterTSX)
+    assert misread.keys() <= {"hle", "rtm"}
     for names, reply in found.with_own.items():
         theirs = libvirt_live.named(reply.xml())
         differing = libvirt_causes.differences(version, found.group(names), theirs, found.cpu_map, "cpuid:")
-        unexplained = [one for one in differing if one.cause == libvirt_causes.UNEXPLAINED]
+        unexplained = [
+            one
+            for one in differing
+            if one.cause == libvirt_causes.UNEXPLAINED and (one.word, one.bit) not in misread.values()
+        ]
         assert not unexplained, f"{names}:{libvirt_causes.lines(unexplained)}"
 
 
