@@ -28,15 +28,17 @@ if TYPE_CHECKING:
     from kvmneg.features.catalog import Feature
     from kvmneg.features.featureset import FeatureSet
 
-GIVEN, TAKEN, ALLOWED = "given", "taken", "allowed"
+GIVEN, TAKEN, HIDDEN, ALLOWED = "given", "taken", "hidden", "allowed"
+_AWAY = (TAKEN, HIDDEN)  # what a new guest is not given though KVM has it
 _VENDOR = ("cpuid:0x0.0.ebx", "cpuid:0x0.0.edx", "cpuid:0x0.0.ecx")
 
 
 class Change(NamedTuple):
     """One difference between KVM's set and the VMM's.
 
-    `what` is "given" or "taken", or "allowed": accepted where it is asked for, and never offered. `needs` is what the
-    VMM has to be started with for it, "" for nothing; `source` says where the rule was read.
+    `what` is "given" or "taken", or of what the VMM accepts where it is asked for and never turns on by itself:
+    "hidden" where KVM has it, "allowed" where KVM lacks it. `needs` is what the VMM has to be started with for it, ""
+    for nothing; `source` says where the rule was read.
     """
 
     feature: str
@@ -74,7 +76,7 @@ class Through:
         self.changes = tuple(_changes(table, self.named, host, self.version))
         self._by_feature = {change.feature: change for change in self.changes}
         accepted = {**host.offer_words, **host.accept_words}
-        offer = _changed(host, host.offer_words, self.changes, (GIVEN, TAKEN))
+        offer = _changed(host, host.offer_words, self.changes, (GIVEN, TAKEN, HIDDEN))
         kept = [change for change in self.changes if not _withheld(host, change)]
         accept = _changed(host, accepted, kept, (GIVEN, TAKEN, ALLOWED))
         self.report = _with(host, offer, accept)
@@ -84,9 +86,9 @@ class Through:
         return self._by_feature.get(feature.name)
 
     def took(self, feature: Feature) -> Change | None:
-        """The change by which the VMM takes a feature away, None where it does not."""
+        """The change by which the VMM keeps a feature from new guests, None where it does not."""
         change = self.change(feature)
-        return change if change is not None and change.what == TAKEN else None
+        return change if change is not None and change.what in _AWAY else None
 
     def missing_on(self) -> str:
         """Where a blocker of this VMM is missing."""
@@ -175,12 +177,12 @@ def _changes(
     """The differences that are there on this host, in the order of the definition."""
     names = catalogs.names(host.architecture)
     told: set[str] = set()
-    for key, what in (("gives", GIVEN), ("takes", TAKEN), ("allows", ALLOWED)):
+    for key, what in (("gives", GIVEN), ("takes", TAKEN), ("hides", HIDDEN), ("allows", ALLOWED)):
         for row in table.get(key, ()):
             if _holds(row, host, version):
                 for name in row["features"]:
                     feature = names.feature(name)
-                    if _matters(feature, what, row, host):
+                    if name not in told and _matters(feature, what, row, host):
                         told.add(name)
                         yield _change(feature, what, row)
     for feature in names.by_name.values():
@@ -214,7 +216,7 @@ def _matters(feature: Feature, what: str, row: Mapping[str, Any], host: Report) 
     if feature.rule in rules.UNMERGED:
         return False  # a constant of policy, the same with every VMM
     has = feature.of(host.offer_words.get(feature.word, 0))
-    if what == TAKEN:
+    if what in _AWAY:
         return bool(has)
     return not has and (not row.get("silicon") or bool(feature.of(host.silicon_words.get(feature.word, 0))))
 
@@ -247,5 +249,5 @@ def _changed(
         if change.what not in kinds or (change.what == ALLOWED and feature.rule == rules.OR):
             continue
         value = found.get(change.word, 0)
-        found[change.word] = value & ~feature.mask if change.what == TAKEN else value | feature.mask
+        found[change.word] = value & ~feature.mask if change.what in _AWAY else value | feature.mask
     return found

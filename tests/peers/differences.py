@@ -63,17 +63,11 @@ def _offered(line: Known, report: Report) -> bool:
     return not _lacking(line, report)
 
 
-def _amd(report: Report) -> bool:
-    return report.identity.get("vendor") == "AuthenticAMD"
-
-
 CONDITIONS: dict[str, Callable[[Known, Report], bool]] = {
     "lacking": _lacking,  # KVM does not offer the bit
     "offered": _offered,  # it does
     "silicon": _silicon,  # lacking, though the CPUID instruction shows it
     "immune": _immune,  # lacking, and the CPU says that no data sampling weakness concerns it
-    "amd-lacking": lambda line, report: _amd(report) and _lacking(line, report),
-    "amd-offered": lambda line, report: _amd(report) and _offered(line, report),
 }
 
 

@@ -62,7 +62,7 @@ def without(report: Report, *names: str) -> Report:
 @pytest.mark.parametrize("name", VMMS)
 def test_every_rule_names_features_and_where_it_was_read(name: str) -> None:
     table = definitions.vmm(name)
-    rows = [row for key in ("gives", "takes", "allows") for row in table.get(key, ())]
+    rows = [row for key in ("gives", "takes", "hides", "allows") for row in table.get(key, ())]
     assert rows
     for row in rows:
         assert row["because"] and row["source"] and row["features"]
@@ -82,7 +82,7 @@ def test_every_change_is_one(name: str, intel: Report, amd: Report, software: Re
             after = NAMES.by_name[change.feature].of(seen.report.offer_words.get(change.word, 0))
             if change.what == vmm.GIVEN:
                 assert not before and after
-            elif change.what == vmm.TAKEN:
+            elif change.what in (vmm.TAKEN, vmm.HIDDEN):
                 assert before and not after
             else:
                 assert not before and not after
@@ -175,6 +175,37 @@ def test_a_vendors_rule_is_no_other_vendors(intel: Report, amd: Report) -> None:
     assert has(vmm.through(intel, "firecracker").report, "arch-capabilities")
     assert has(amd, "arch-capabilities")
     assert not has(vmm.through(amd, "firecracker").report, "arch-capabilities")
+
+
+@pytest.mark.parametrize("name", ["overflow-recov", "succor"])
+def test_amds_machine_checks_are_qemus_to_give(name: str, intel: Report, amd: Report) -> None:
+    """Given to guests on AMD since 10.0, and accepted from a request whatever the CPU's vendor."""
+    bare_amd, bare_intel = without(amd, name), without(intel, name)
+    assert not has(vmm.through(bare_amd, "qemu-7.2").report, name)
+    assert not has(vmm.through(bare_amd, "generic").report, name)
+    for version in ("qemu-10.0", "qemu-11.1"):
+        seen = vmm.through(bare_amd, version)
+        assert has(seen.report, name) and [one.what for one in seen.changes if one.feature == name] == [
+            "given"
+        ]
+        assert negotiate(Request(require=(name,), vmm=version), bare_amd).contract.granted.field(name)
+        other = vmm.through(bare_intel, version)
+        assert not has(other.report, name) and other.report.accept.field(name)
+
+
+def test_what_kvm_makes_up_on_amd_is_hidden_from_new_guests(intel: Report, amd: Report) -> None:
+    """QEMU since 10.1 tells no AMD guest of MSR 0x10a, and takes one that has it."""
+    base, gated = "arch-capabilities", "rdctl-no"
+    assert has(amd, base) and has(amd, gated)
+    older, newer = vmm.through(amd, "qemu-10.0"), vmm.through(amd, "qemu-11.1")
+    assert has(older.report, base) and has(older.report, gated)
+    assert not has(newer.report, base) and not has(newer.report, gated)
+    (blocker,) = _blockers(Request(require=(base,), vmm="qemu-11.1"), amd)
+    assert (blocker.cause, blocker.missing_on) == ("vmm", f"QEMU on {amd.host}")
+    guest = negotiate(Request(maximum=True, vmm="qemu-10.0"), amd).contract
+    assert guest.granted.field(base) and guest.granted.field(gated)
+    assert check(guest, amd, "qemu-11.1") == ()
+    assert has(vmm.through(intel, "qemu-11.1").report, base), "Intel's CPUs have it"
 
 
 def test_an_invariant_tsc_is_given_to_nobody(intel: Report) -> None:
