@@ -81,6 +81,7 @@ def _identity(screen: Screen, report: Report) -> None:
         names.append(f"family {family} model {model} stepping {stepping}")
     if names:
         screen.words("cpu", " · ".join(names).split(" "))
+    _coverage(screen, report)
     kernel = " ".join(str(combo[key]) for key in ("kernel", "build") if combo.get(key))
     if kernel:
         screen.words("kernel", kernel.split(" "))
@@ -93,6 +94,21 @@ def _identity(screen: Screen, report: Report) -> None:
     measured = report.measured
     when = f"{measured.get('at', 'at an unknown time')} by {measured.get('by', 'somebody')}"
     screen.words("measured", when.split(" "))
+
+
+def _coverage(screen: Screen, report: Report) -> None:
+    """The kinds of CPU of a host that has several, and what of it was not measured."""
+    from kvmneg.policy import coverage
+
+    kinds = report.identity.get("kinds")
+    for row in kinds if isinstance(kinds, list) else ():
+        if isinstance(row, dict):
+            screen.words("", f"CPUs {row.get('cpus')} · signature {row.get('signature')}".split(" "))
+    for cpus, kind, why in coverage.unvisited(report):
+        text = f"{cpus}{f' ({kind})' if kind else ''}: {why}. Nothing is granted or pinned on this host."
+        screen.words("UNMEASURED", text.split(" "))
+    if report.measured.get("offline"):
+        screen.words("offline", f"CPUs {report.measured['offline']}, not measured".split(" "))
 
 
 def _levels(screen: Screen, report: Report) -> None:

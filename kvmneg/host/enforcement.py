@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 REPLACED = "replaced"  # KVM takes the word and shows another value
 REFUSED = "refused"  # KVM does not take the word
 UNTESTED = "untested"  # nothing reads it back: capabilities, Hyper-V's leaves, devices
+_BY_SEVERITY = (UNTESTED, REPLACED, REFUSED)
 
 _EVERY_32, _EVERY_64 = (1 << 32) - 1, (1 << 64) - 1
 # What KVM sets by itself, whatever it was given (kvm_update_cpuid_runtime in arch/x86/kvm/cpuid.c).
@@ -94,6 +95,21 @@ def grades(kvm: Kvm, scratch: Scratch, probe: Probe, offer: Mapping[str, int]) -
         if not word.startswith("cpuid:") and word not in trial.tried:
             found.setdefault(word, UNTESTED)
     return found
+
+
+def worst(each: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The grades of a host with several kinds of CPU: a guest may run on any, so a word is kept to on all or not.
+
+    Empty where one of the kinds could not be tried: what is not in a table of grades counts as honoured.
+    """
+    if not all(each):
+        return {}
+    found: dict[str, str] = {}
+    for grades in each:
+        for word, grade in grades.items():
+            if word not in found or _BY_SEVERITY.index(grade) > _BY_SEVERITY.index(found[word]):
+                found[word] = grade
+    return {word: found[word] for word in sorted(found, key=words.order)}
 
 
 def _with(entry: CpuidEntry, values: Iterable[int]) -> CpuidEntry:

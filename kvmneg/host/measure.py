@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 
 from kvmneg import __version__
 from kvmneg.errors import KvmnegError
 from kvmneg.features.report import Report
 from kvmneg.features.words import ARM64, X86_64
-from kvmneg.host import network, software
+from kvmneg.host import network, software, visit
 from kvmneg.host.kvm import Kvm, raw_cpuid
 from kvmneg.host.software import Roots
 from kvmneg.host.volatile import Volatile
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any, Self
 
-    from kvmneg.host.kvm import CpuidEntry, Probe, Scratch
+    from kvmneg.host.kvm import CpuidEntry, Probe
     from kvmneg.host.software import CpuClass
+    from kvmneg.host.visit import Plan
 
 ARCHITECTURE = ARM64 if os.uname().machine == "aarch64" else X86_64
 
@@ -40,7 +42,7 @@ class Measurer:
         self._roots = roots
         self._volatile = Volatile(path, roots, _feature_msrs)
         # raw CPUID of each CPU looked at, under what /proc/cpuinfo says of all of them
-        self._silicon: tuple[list[CpuClass], list[list[CpuidEntry]]] | None = None
+        self._silicon: tuple[Plan, list[list[CpuidEntry]]] | None = None
         # VMM builds, as kvmneg.host.vmm.known() gives them; set it when they are known
         self.vmms: Sequence[Mapping[str, str]] = ()
 
@@ -75,36 +77,52 @@ class Measurer:
 
     def _report(self) -> Report:
         classes = software.cpu_classes(self._roots)
+        plan = visit.plan(classes)
         combo = software.combo(self.vmms, roots=self._roots, classes=classes)
+        if plan.unvisited:
+            combo["unvisited"] = plan.to_combo()
         measured = {
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "by": f"kvmneg {__version__}",
             "host": software.host_name(self._roots),
             "source": "kvm",
         }
-        parts = self._x86(classes) if ARCHITECTURE == X86_64 else self._arm64(classes)
+        offline = software.offline(self._roots)
+        if offline:
+            measured["offline"] = offline  # no guest runs there; when they come online, it is measured again
+        parts = self._x86(plan) if ARCHITECTURE == X86_64 else self._arm64(classes)
         parts["offer"].update(network.masks(self._roots.dev))
         return Report(ARCHITECTURE, measured=measured, combo=combo, **parts)
 
-    def _x86(self, classes: list[CpuClass]) -> dict[str, Any]:
+    def _x86(self, plan: Plan) -> dict[str, Any]:
+        """Each kind of CPU is asked and tried on a CPU of its own: parts of KVM's answer are that CPU's CPUID."""
         from kvmneg.host import enforcement, x86  # their twins are for the other architecture
 
         decoder = x86.decoder()
-        representatives = _representatives(classes)
+        one_kind = len(plan.cpus) < 2
         with Kvm.open(self._path) as kvm, kvm.scratch() as scratch:
-            if len(representatives) < 2:
+            if one_kind:
                 probes = [kvm.probe(scratch)]
             else:
-                probes = [_probe_on(cpu, kvm, scratch) for cpu in representatives]
+                probes = [visit.on(cpu, lambda: kvm.probe(scratch)) for cpu in plan.cpus]
             offer = x86.met([decoder.offer(probe) for probe in probes])
-            graded = enforcement.grades(kvm, scratch, probes[0], offer)
-        if self._silicon is None or self._silicon[0] != classes:
-            self._silicon = classes, [raw_cpuid(cpu) for cpu in representatives]
+
+            def graded(probe: Probe) -> dict[str, str]:
+                return enforcement.grades(kvm, scratch, probe, offer)
+
+            if one_kind:
+                grades = graded(probes[0])
+            else:
+                each = zip(plan.cpus, probes, strict=True)
+                grades = enforcement.worst([visit.on(cpu, partial(graded, probe)) for cpu, probe in each])
+        if self._silicon is None or self._silicon[0] != plan:
+            self._silicon = plan, [visit.on(cpu, partial(raw_cpuid, cpu)) for cpu in plan.cpus]
+        kinds = [x86.identity(probe.supported) for probe in probes]
         return {
-            "identity": {**x86.identity(probes[0].supported), **_flags(classes)},
+            "identity": {**kinds[0], **_kinds(plan, kinds), **_flags(plan.kinds)},
             "offer": offer,
             "silicon": x86.silicon_of(self._silicon[1]),
-            "enforcement": graded,
+            "enforcement": grades,
         }
 
     def _arm64(self, classes: list[CpuClass]) -> dict[str, Any]:
@@ -138,18 +156,9 @@ def _flags(classes: Sequence[CpuClass]) -> dict[str, str]:
     return {"flags": flags} if flags else {}
 
 
-def _representatives(classes: Sequence[CpuClass]) -> list[int]:
-    """One CPU of each kind, of those this process may use; a kind it may not visit is not measured."""
-    allowed = os.sched_getaffinity(0)
-    found = [next((cpu for cpu in one.cpus if cpu in allowed), None) for one in classes]
-    return [cpu for cpu in found if cpu is not None] or [min(allowed)]
-
-
-def _probe_on(cpu: int, kvm: Kvm, scratch: Scratch) -> Probe:
-    """Ask KVM on one CPU: parts of its answer are that CPU's own CPUID."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {cpu})
-    try:
-        return kvm.probe(scratch)
-    finally:
-        os.sched_setaffinity(0, before)
+def _kinds(plan: Plan, identities: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Of a host with several kinds of CPU: which CPUs are of which, as KVM shows them to guests there."""
+    if len(plan.kinds) < 2:
+        return {}
+    rows = zip(plan.kinds, identities, strict=True)
+    return {"kinds": [{"cpus": visit.cpulist(one.cpus), **identity} for one, identity in rows]}

@@ -24,6 +24,7 @@ UNREADABLE = "unreadable"
 _FILE_BYTES = 64 * 1024
 _CHUNK_BYTES = 8 * 1024
 _CPUINFO_BYTES = 64 * 1024 * 1024  # 1.5 KiB a CPU; reading stops here whatever the file says
+_CPUS = 64 * 1024  # more than any kernel is built for (CONFIG_NR_CPUS)
 
 # What makes one CPU another kind than its neighbour: (name here, field of /proc/cpuinfo).
 _IDENTITY_X86 = (
@@ -99,6 +100,29 @@ def cpu_classes(roots: Roots = Roots()) -> list[CpuClass]:  # noqa: B008 (immuta
             flags[values] = common_flags((flags[values], others))
         kinds[values][1].append(int(number) if number.isdecimal() else 0)
     return [CpuClass(identity, tuple(cpus), flags[values]) for values, (identity, cpus) in kinds.items()]
+
+
+def offline(roots: Roots = Roots()) -> str:  # noqa: B008
+    """The CPUs that are there and not online, as the kernel lists them ("2-3"); "" where there are none."""
+    folder = f"{roots.sys}/devices/system/cpu"
+    present, online = (_cpus(read(f"{folder}/{name}", 4096) or "") for name in ("present", "online"))
+    if not online or not present > online:
+        return ""
+    from kvmneg.host.visit import cpulist  # on few hosts
+
+    return cpulist(sorted(present - online))
+
+
+def _cpus(text: str) -> set[int]:
+    """A list of CPUs ("0-3,8"); empty where it is none, or longer than any kernel's."""
+    found: set[int] = set()
+    for part in text.split(","):
+        low, dash, high = part.partition("-")
+        high = high if dash else low
+        if not low.isdecimal() or not high.isdecimal() or int(high) >= _CPUS:
+            return set()
+        found.update(range(int(low), int(high) + 1))
+    return found
 
 
 def common_flags(lines: Iterable[str]) -> str:

@@ -2,9 +2,10 @@
 """Inputs of a measurement that change without an event, and whether they did.
 
 Module parameters that may be written (vmentry_l1d_flush moves MSR 0x10a), late microcode, SMT, CPUs online,
-a reloaded kvm module or another /dev/kvm, a live patch, a suspend. Looking at all of them takes about 0.1
-ms, so a daemon can afford it before every grant. Nothing is kept open meanwhile: an open /dev/kvm would pin
-KVM's modules, and an administrator could not reload them.
+the CPUs that this process may use (its cpuset can be changed from outside), a reloaded kvm module or another
+/dev/kvm, a live patch, a suspend. Looking at all of them takes about 0.1 ms, so a daemon can afford it before
+every grant. Nothing is kept open meanwhile: an open /dev/kvm would pin KVM's modules, and an administrator
+could not reload them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CPU = "devices/system/cpu"
-_FILES = (f"{_CPU}/smt/control", f"{_CPU}/smt/active", f"{_CPU}/online", f"{_CPU}/cpu0/microcode/version")
+_FILES = (
+    f"{_CPU}/smt/control", f"{_CPU}/smt/active", f"{_CPU}/present", f"{_CPU}/online", f"{_CPU}/cpu0/microcode/version",
+)  # fmt: skip
 _WRITABLE = 0o222
 # CLOCK_BOOTTIME runs on while the machine sleeps. Reading two clocks takes microseconds, a suspend a second.
 _SLEPT_NS = 100_000_000
@@ -82,6 +85,7 @@ class Volatile:
             [_inode(folder) for folder in self._folders],
             _inode(self._path),
             sorted(listing(f"{self._roots.sys}/kernel/livepatch")),
+            os.sched_getaffinity(0),
             msrs,
         )
 

@@ -8,7 +8,7 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits, meet
-from kvmneg.policy import definitions, grade, reasons
+from kvmneg.policy import coverage, definitions, grade, reasons
 from kvmneg.policy.contract import Contract
 
 TYPE_CHECKING = False
@@ -38,14 +38,19 @@ class Answer:
 def ceiling(report: Report, fence: Fence | None, vmm: str | None = None) -> FeatureSet:
     """The most a new guest may get here: the offer (of a VMM: kvmneg.policy.vmm), bounded by the fence.
 
-    Raises Breached, naming each feature, where the host offers less than the fence promises.
+    Raises Breached, naming each feature, where the host offers less than the fence promises, and Blocked where not
+    all kinds of its CPUs were measured (kvmneg.policy.coverage).
     """
     seen = _through(report, vmm)
     return _bounded(report, fence, (seen.report if seen else report).offer)
 
 
 def _bounded(report: Report, fence: Fence | None, offer: FeatureSet) -> FeatureSet:
-    """An offer bounded by the fence, which is held against what KVM offers, whatever the VMM."""
+    """An offer bounded by the fence, which is held against what KVM offers, whatever the VMM.
+
+    Raises Breached, and Blocked where not all of the host was measured.
+    """
+    coverage.require(report)
     if fence is None:
         return offer
     below = fence.unmet(report.offer, missing_on=f"host {report.host}")
@@ -121,7 +126,7 @@ def check(contract: Contract, report: Report, vmm: str | None = None) -> tuple[B
     blockers = [reasons.unfit(blocker, there, "the contract", seen) for blocker in found]
     if seen is not None:
         blockers = _sorted([*blockers, *_refused(contract.granted, seen, "the contract")])
-    return tuple(blockers)
+    return (*coverage.blockers(report), *blockers)
 
 
 def _refused(granted: FeatureSet, seen: Through, wanted_by: str) -> list[Blocker]:

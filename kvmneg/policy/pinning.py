@@ -6,7 +6,7 @@ from __future__ import annotations
 from kvmneg.errors import Blocked, UsageError
 from kvmneg.features import catalog as catalogs
 from kvmneg.features.featureset import FeatureSet, fits
-from kvmneg.policy import definitions, negotiation, pool
+from kvmneg.policy import coverage, definitions, negotiation, pool
 from kvmneg.policy.request import Request
 
 TYPE_CHECKING = False
@@ -41,8 +41,10 @@ def source(text: str, report: Report) -> FeatureSet:
 def to_pin(granted: FeatureSet, report: Report) -> FeatureSet:
     """The set as it is pinned: a vendor that it leaves open is this host's.
 
-    Raises Blocked, naming each feature, where it promises what the host does not offer.
+    Raises Blocked, naming each feature, where it promises what the host does not offer, or what not all kinds of the
+    host's CPUs were asked for.
     """
+    coverage.require(report)
     catalog = catalogs.load(report.architecture)
     vendor = {word: report.offer.words[word] for word in catalog.equal_words if word in report.offer.words}
     whole = FeatureSet.of(report.architecture, {**vendor, **granted.words})

@@ -20,7 +20,7 @@ from kvmneg.errors import (
     UsageError,
 )
 from kvmneg.features.featureset import fits
-from kvmneg.policy import grade, negotiation, pinning
+from kvmneg.policy import coverage, grade, negotiation, pinning
 from kvmneg.policy.contract import Contract
 from kvmneg.policy.fence import Fence
 from kvmneg.service.authorization import is_admin
@@ -146,10 +146,10 @@ class Node:
 
     @property
     def state(self) -> str:
-        """floating, pinned, breached (the host is below its fence), unmeasured, or unreadable (the fence is)."""
+        """floating, pinned, breached (the host is below its fence), unmeasured (or not all its CPUs), or unreadable."""
         if self._fence_fault is not None:
             return "unreadable"
-        if self._report is None:
+        if self._report is None or coverage.unvisited(self._report):
             return "unmeasured"
         if self._fence is None:
             return "floating"

@@ -3,26 +3,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from kvmneg.errors import Blocked, StaleOffer
-from kvmneg.features.report import Report
-from kvmneg.policy.fence import Fence
-from kvmneg.service.contracts import ContractFiles
 from kvmneg.service.interfaces import Interfaces
-from kvmneg.service.node import Node
-from kvmneg.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from kvmneg.service.connection import Connection
+    from kvmneg.service.node import Node
 
-RECORDED = Path(__file__).parents[2] / "kvmneg/data/recorded-host.json"
+    from .conftest import Host
+
 CONNECTION = cast("Connection", SimpleNamespace(peer=SimpleNamespace(uid=1000, pid=7)))
 VM = "0b9f3c1e-5f0b-4a49-9d0e-6a1f2b3c4d5e"
 V2 = {"level": "x86-64-v2"}
@@ -30,36 +26,16 @@ TRIED = {"kvm:max-vcpus": "untested"}
 REPLACED = {**TRIED, "cpuid:0x7.0.ebx": "replaced"}
 
 
-class Host:
-    """The recorded host, with the grades that a test says."""
-
-    def __init__(self) -> None:
-        self.enforcement: dict[str, str] = {}
-
-    def measure(self) -> Report:
-        document = Report.loads(RECORDED.read_bytes()).to_json()
-        return Report.from_json({**document, "enforcement": self.enforcement})
-
-    def changed(self, *, fresh: bool = False) -> bool:
-        return fresh
-
-
 @pytest.fixture
-def host() -> Host:
-    return Host()
+def call(node: Node) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
+    """call(method, parameters) → what a client is answered by a node that looks at its host each time."""
+    handlers = Interfaces(node).handlers()
 
+    def make(method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        node.refresh(fresh=True)
+        return handlers[f"org.kvmneg.{method}"](CONNECTION, parameters)
 
-@pytest.fixture
-def call(host: Host, tmp_path: Path) -> Iterator[Callable[[str, dict[str, Any]], dict[str, Any]]]:
-    with SqliteStore(str(tmp_path / "state"), verify=lambda text: Fence.parse(text).digest) as store:
-        node = Node(store, host, ContractFiles(str(tmp_path / "contracts")))
-        handlers = Interfaces(node).handlers()
-
-        def make(method: str, parameters: dict[str, Any]) -> dict[str, Any]:
-            node.refresh(fresh=True)
-            return handlers[f"org.kvmneg.{method}"](CONNECTION, parameters)
-
-        yield make
+    return make
 
 
 @pytest.mark.parametrize(
@@ -68,7 +44,7 @@ def call(host: Host, tmp_path: Path) -> Iterator[Callable[[str, dict[str, Any]],
 def test_contract_and_check_carry_the_grade(
     call: Callable[..., Any], host: Host, enforcement: dict[str, str], wanted: str
 ) -> None:
-    host.enforcement = enforcement
+    host.put("enforcement", enforcement)
     answer = call("Negotiate", {"request": V2})
     assert answer["contract"]["grade"] == wanted
     assert call("Check", {"request": V2})["grade"] == wanted
@@ -78,9 +54,9 @@ def test_contract_and_check_carry_the_grade(
 
 def test_it_must_be_enforced(call: Callable[..., Any], host: Host) -> None:
     wanted = {**V2, "requireEnforced": True}
-    host.enforcement = TRIED
+    host.put("enforcement", TRIED)
     assert call("Negotiate", {"request": wanted})["contract"]["grade"] == "enforced"
-    host.enforcement = REPLACED
+    host.put("enforcement", REPLACED)
     with pytest.raises(Blocked) as caught:
         call("Negotiate", {"request": wanted})
     assert [blocker.word for blocker in caught.value.blockers] == ["cpuid:0x7.0.ebx"]
@@ -92,11 +68,11 @@ def test_it_must_be_enforced(call: Callable[..., Any], host: Host) -> None:
 def test_an_offer_that_promised_more_than_the_host_keeps_now_is_stale(
     call: Callable[..., Any], host: Host
 ) -> None:
-    host.enforcement = TRIED
+    host.put("enforcement", TRIED)
     digest = call("Negotiate", {"request": V2})["digest"]
-    host.enforcement = REPLACED
+    host.put("enforcement", REPLACED)
     with pytest.raises(StaleOffer):
         call("Begin", {"digest": digest, "vm": VM})
     modest = call("Negotiate", {"request": V2})["digest"]
-    host.enforcement = TRIED  # a host that keeps more than was promised is no reason to refuse
+    host.put("enforcement", TRIED)  # a host that keeps more than was promised is no reason to refuse
     assert call("Begin", {"digest": modest, "vm": VM})["digest"] == modest

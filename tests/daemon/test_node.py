@@ -11,63 +11,22 @@ import pytest
 
 from kvmneg import limits
 from kvmneg.errors import Breached, LimitExceeded, NoKvm, NoSuchContract, StaleOffer
-from kvmneg.features.report import Report
-from kvmneg.policy.fence import Fence
 from kvmneg.policy.request import Request
-from kvmneg.service.contracts import ContractFiles
-from kvmneg.service.node import Node
 from kvmneg.service.router import Router
 from kvmneg.store.interface import Audit
-from kvmneg.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kvmneg.service.connection import Connection
+    from kvmneg.service.node import Node
     from kvmneg.service.peer import Peer
 
-RECORDED = Path(__file__).parents[2] / "kvmneg/data/recorded-host.json"
+    from .conftest import Host
+
 AUDIT = Audit(0, 1, "2026-11-21T06:00:00Z", "a test", "pytest")
 PEER = cast("Peer", SimpleNamespace(uid=1000, pid=7))
 VM = "0b9f3c1e-5f0b-4a49-9d0e-6a1f2b3c4d5e"
 V2 = Request(level="x86-64-v2")
 AVX2 = 1 << 5  # CPUID.7.0:EBX.AVX2
-
-
-class Host:
-    """A host whose words a test changes; `moved` is what its volatile inputs would say."""
-
-    def __init__(self) -> None:
-        self.document = Report.loads(RECORDED.read_bytes()).to_json()
-        self.moved = False
-        self.error: NoKvm | None = None
-        self.measured = 0
-
-    def measure(self) -> Report:
-        self.measured += 1
-        self.moved = False
-        if self.error:
-            raise self.error
-        return Report.from_json(self.document)
-
-    def changed(self, *, fresh: bool = False) -> bool:
-        return self.moved
-
-    def lose(self, word: str, bits: int) -> None:
-        """Take bits from the offer, as a reloaded module or late microcode does."""
-        self.document["offer"][word] = f"{int(self.document['offer'][word], 16) & ~bits:#010x}"
-        self.moved = True
-
-
-@pytest.fixture
-def host() -> Host:
-    return Host()
-
-
-@pytest.fixture
-def node(host: Host, tmp_path: Path) -> Iterator[Node]:
-    with SqliteStore(str(tmp_path / "state"), verify=lambda text: Fence.parse(text).digest) as store:
-        yield Node(store, host, ContractFiles(str(tmp_path / "contracts")))
 
 
 def ask(router: Router, call: bytes, method: str, parameters: dict[str, Any]) -> bytes:

@@ -16,7 +16,6 @@ import pytest
 
 from kvmneg import limits
 from kvmneg.errors import KvmnegError, NoSuchContract, NotPermitted, StoreError, UsageError
-from kvmneg.policy.fence import Fence
 from kvmneg.policy.request import Request
 from kvmneg.service import vmms
 from kvmneg.service.contracts import ContractFiles
@@ -29,33 +28,17 @@ from kvmneg.store.interface import Audit
 from kvmneg.store.sqlite import SqliteStore
 
 from .conftest import RECORDED
-from .test_node import AUDIT, AVX2, PEER, V2, VM, Host
+from .test_node import AUDIT, AVX2, PEER, V2, VM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from kvmneg.service.peer import Peer
 
-    from .conftest import Daemon
+    from .conftest import Daemon, Host
 
 OTHER = cast("Peer", SimpleNamespace(uid=1001, pid=8, groups=frozenset()))
 OPTIONAL = ("rdrand", "bmi1", "adx", "smap", "smep", "clflushopt", "clwb", "umip")  # a contract each
-
-
-@pytest.fixture
-def host() -> Host:
-    return Host()
-
-
-@pytest.fixture
-def trouble() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def node(host: Host, tmp_path: Path, trouble: list[str]) -> Iterator[Node]:
-    with SqliteStore(str(tmp_path / "state"), verify=lambda text: Fence.parse(text).digest) as store:
-        yield Node(store, host, ContractFiles(str(tmp_path / "contracts")), trouble.append)
 
 
 def fail(*_: Any, **__: Any) -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +16,7 @@ from kvmneg.features import catalog
 from kvmneg.features.report import Report
 from kvmneg.host import measure
 from kvmneg.host.kvm import Kvm
+from kvmneg.host.software import Roots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,6 +83,59 @@ def test_it_does_not_matter_on_which_cpu(measurer: measure.Measurer) -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert len(digests) == 1
+
+
+def _kinds(tmp_path: Path, others: dict[int, str]) -> Roots:
+    """This machine, with some of its CPUs of another model in /proc/cpuinfo."""
+    blocks = [
+        f"processor\t: {cpu}\nvendor_id\t: X\nmodel\t\t: {others.get(cpu, '1')}\n"
+        for cpu in range(max(os.sched_getaffinity(0)) + 1)
+    ]
+    (tmp_path / "cpuinfo").write_text("\n".join(blocks))
+    return Roots(proc=str(tmp_path))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU to run on")
+def test_each_kind_of_cpu_is_measured_on_itself(tmp_path: Path, measurer: measure.Measurer) -> None:
+    """Two kinds by name, one CPU in truth: what is asked and tried twice must come out as if asked once."""
+    alone = measurer.measure()
+    before = os.sched_getaffinity(0)
+    second = sorted(before)[1]
+    report = measure.measure(roots=_kinds(tmp_path, {second: "2"}))
+    assert report.offer_words == alone.offer_words
+    assert report.silicon_words == alone.silicon_words
+    assert report.enforcement == alone.enforcement != {}
+    assert [row["cpus"] for row in report.identity["kinds"]][1] == str(second)
+    assert {row["signature"] for row in report.identity["kinds"]} == {alone.identity["signature"]}
+    assert "unvisited" not in report.combo
+    assert os.sched_getaffinity(0) == before
+
+
+_CONFINED = """
+import json, os, sys
+from kvmneg.host.measure import Measurer
+from kvmneg.host.software import Roots
+os.sched_setaffinity(0, {int(sys.argv[2])})
+with Measurer.open(roots=Roots(proc=sys.argv[1])) as measurer:
+    confined = measurer.measure()
+    still = measurer.changed(fresh=True)
+    os.sched_setaffinity(0, {int(sys.argv[2]), int(sys.argv[3])})  # as a cpuset that is widened from outside
+    changed = measurer.changed(fresh=True)
+    whole = measurer.measure()
+print(json.dumps([confined.combo.get("unvisited"), still, changed, whole.combo.get("unvisited")]))
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU to run on")
+def test_a_process_that_is_kept_from_a_kind_of_cpu_says_so(tmp_path: Path) -> None:
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    roots = _kinds(tmp_path, {second: "2"})
+    command = [sys.executable, "-c", _CONFINED, roots.proc, str(first), str(second)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    unvisited, still, changed, whole = json.loads(done.stdout)
+    assert [(row["cpus"], row["kind"]["model"]) for row in unvisited] == [(str(second), "2")]
+    assert not still
+    assert changed and whole is None
 
 
 def test_nothing_stays_open(measurer: measure.Measurer) -> None:

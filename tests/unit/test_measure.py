@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,95 @@ def test_each_kind_of_cpu_is_asked_on_itself(machine: Roots) -> None:
     assert report.offer_words["cpuid:0x1.0.eax"] == 0xF10 + first, "the lowest signature of the kinds"
 
 
-def test_cpus_that_may_not_be_visited() -> None:
-    allowed = min(os.sched_getaffinity(0))
-    kinds = [CpuClass({}, (100_000,)), CpuClass({}, (100_001, allowed))]
-    assert measure._representatives(kinds) == [allowed]
-    assert measure._representatives(kinds[:1]) == [allowed]
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU to run on")
+def test_each_kind_of_cpu_is_tried_on_itself(machine: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word that one kind does not keep to is not kept to; each is tried with what both offer."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    tried: dict[frozenset[int], int] = {}
+
+    def try_cpuid(self: FakeKvm, scratch: object, entries: list[CpuidEntry]) -> list[CpuidEntry]:
+        here = frozenset(os.sched_getaffinity(0))
+        tried.setdefault(here, entries[0].eax)
+        return [entry._replace(edx=1) for entry in entries] if here == {second} else entries
+
+    monkeypatch.setattr(FakeKvm, "try_cpuid", try_cpuid)
+    monkeypatch.setattr(FakeKvm, "capabilities", {}, raising=False)
+    (Path(machine.proc) / "cpuinfo").write_text(cpuinfo(*[1] * second, 2))
+    report = measure.measure(roots=machine)
+    assert "unvisited" not in report.combo
+    assert tried == {frozenset({first}): 0xF10 + first, frozenset({second}): 0xF10 + first}
+    assert report.enforcement["cpuid:0x1.0.edx"] == "replaced"
+    assert [row["signature"] for row in report.identity["kinds"]] == [
+        f"{0xF10 + cpu:#010x}" for cpu in (first, second)
+    ]
+
+
+def test_this_thread_keeps_its_affinity_as_it_was_given(
+    machine: Roots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Set back, it would be this thread's own choice, and CPUs that come later would not be among it."""
+    elsewhere: list[bool] = []
+    here = threading.get_ident()
+    pin = os.sched_setaffinity
+
+    def recorded(pid: int, cpus: set[int]) -> None:
+        elsewhere.append(threading.get_ident() != here)
+        pin(pid, cpus)
+
+    def raw_cpuid(cpu: int) -> list[CpuidEntry]:
+        elsewhere.append(threading.get_ident() != here)
+        return []
+
+    monkeypatch.setattr(os, "sched_setaffinity", recorded)
+    monkeypatch.setattr(measure, "raw_cpuid", raw_cpuid)
+    last = max(os.sched_getaffinity(0))
+    (Path(machine.proc) / "cpuinfo").write_text(cpuinfo(*range(last + 1)))
+    measure.measure(roots=machine)
+    assert elsewhere and all(elsewhere)
+
+
+def test_a_kind_of_cpu_that_may_not_be_visited_is_told(machine: Roots) -> None:
+    last = max(os.sched_getaffinity(0))
+    (Path(machine.proc) / "cpuinfo").write_text(cpuinfo(*[1] * (last + 1), 2, 2))
+    report = measure.measure(roots=machine)
+    (row,) = report.combo["unvisited"]
+    assert row["cpus"] == f"{last + 1}-{last + 2}"
+    assert row["kind"] == {"vendor": "X", "model": "2"}
+    assert "affinity or cpuset" in row["because"]
+    assert report.offer_words["cpuid:0x1.0.eax"] == 0xF10
+    whole = Report.from_json({**report.to_json(), "combo": {**report.combo, "unvisited": []}})
+    assert whole.combo_digest() != report.combo_digest()
+
+
+def test_cpus_that_are_offline_are_told(machine: Roots) -> None:
+    folder = Path(machine.sys) / "devices/system/cpu"
+    folder.mkdir(parents=True)
+    (folder / "present").write_text("0-3,8\n")
+    (folder / "online").write_text("0-1,3\n")
+    report = measure.measure(roots=machine)
+    assert report.measured["offline"] == "2,8"
+    assert "unvisited" not in report.combo
+    (folder / "online").write_text("0-3,8\n")
+    assert "offline" not in measure.measure(roots=machine).measured
+
+
+def test_a_cpu_that_comes_online_is_a_change(machine: Roots) -> None:
+    """Of another kind too: what was measured without it is no more."""
+    last = max(os.sched_getaffinity(0))
+    folder = Path(machine.sys) / "devices/system/cpu"
+    folder.mkdir(parents=True)
+    (folder / "present").write_text(f"0-{last + 1}\n")
+    (folder / "online").write_text(f"0-{last}\n")
+    (Path(machine.proc) / "cpuinfo").write_text(cpuinfo(*[1] * (last + 1)))
+    measurer = measure.Measurer.open(roots=machine)
+    before = measurer.measure()
+    assert not measurer.changed(fresh=True)
+    (folder / "online").write_text(f"0-{last + 1}\n")
+    (Path(machine.proc) / "cpuinfo").write_text(cpuinfo(*[1] * (last + 1), 2))
+    assert measurer.changed(fresh=True)
+    after = measurer.measure()
+    assert after.digest() != before.digest() and after.combo["unvisited"]
+    assert not measurer.changed(fresh=True)
 
 
 def test_raw_cpuid_is_read_again_when_cpus_change(machine: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
