@@ -3,7 +3,8 @@
 
 Asking a binary for its version starts it, and digesting it reads it whole, so neither is ever waited for:
 `known` answers at once from a cache in the state directory, by path, device, inode, size and time of
-change; `refresh` does the work, in a child or a thread of the daemon's.
+change; `refresh` does the work, in a child or a thread of the daemon's. `stamps` costs some 20 µs and tells
+whether it is worth asking again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kvmneg.errors import StoreError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
 FORMAT = "kvmneg.vmm-builds/1"
@@ -74,12 +75,36 @@ def refresh(cache: str, folders: Sequence[str] = FOLDERS) -> list[dict[str, str]
     return known(cache, folders)
 
 
+def settled(cache: str, folders: Sequence[str] = FOLDERS) -> bool:
+    """Whether `refresh` has looked at every build as it is now."""
+    remembered = _load(cache)
+    return all(path in remembered and _same(remembered[path], path) for path in _binaries(folders))
+
+
+def stamps(cache: str, builds: Sequence[Mapping[str, str]] = (), folders: Sequence[str] = FOLDERS) -> object:
+    """Something that compares unequal after a build was installed, replaced, removed, or looked up.
+
+    A package manager renames a new file into its folder, which shows in the folder; `builds`, as `known` gave
+    them, are looked at themselves too, for what is written in place or lies behind a link.
+    """
+    return (
+        _stamp_or_none(cache),
+        [_stamp_or_none(folder) for folder in _searched(folders)],
+        [_stamp_or_none(build["path"]) for build in builds],
+    )
+
+
+def _searched(folders: Sequence[str]) -> Iterable[str]:
+    """The folders of PATH and `folders`, each once."""
+    # a relative folder in PATH would be the caller's, whoever that is
+    on_path = [folder for folder in os.environ.get("PATH", "").split(":") if folder.startswith("/")]
+    return dict.fromkeys((*on_path, *folders))
+
+
 def _binaries(folders: Sequence[str]) -> Iterator[str]:
     """Real paths of the VMMs in PATH and `folders`, each once, at most limits.VMM_BUILDS."""
     seen: set[str] = set()
-    # a relative folder in PATH would be the caller's, whoever that is
-    on_path = [folder for folder in os.environ.get("PATH", "").split(":") if folder.startswith("/")]
-    for folder in dict.fromkeys((*on_path, *folders)):
+    for folder in _searched(folders):
         for name in _KNOWN:
             path = os.path.realpath(f"{folder}/{name}")
             if path not in seen and os.path.basename(path) in _KNOWN and _may_start(path):
@@ -106,6 +131,13 @@ def _may_start(path: str) -> bool:
 def _stamp(path: str) -> dict[str, int]:
     found = os.stat(path)
     return dict(zip(_STAMP, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns), strict=True))
+
+
+def _stamp_or_none(path: str) -> dict[str, int] | None:
+    try:
+        return _stamp(path)
+    except OSError:
+        return None
 
 
 def _same(entry: dict[str, Any], path: str) -> bool:

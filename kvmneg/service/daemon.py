@@ -12,7 +12,6 @@ import signal
 import socket
 import stat
 import sys
-from functools import partial
 
 from kvmneg import limits
 from kvmneg.errors import KvmnegError, StoreError, UsageError
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from kvmneg.service.vmms import VmmLookup
 
 _KEEP_UP_SECONDS = 30.0
-_LOOKUP_SECONDS = 0.5
 _OWN_DESCRIPTORS = 128  # SQLite's, epoll's, and those a measurement opens
 
 
@@ -88,8 +86,7 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
         node.changed.append(lambda: _tell_systemd(node))
         _announce(node)
         if lookup:
-            # not before the calls that wait have their answers: it takes a processor for a while
-            server.after(_LOOKUP_SECONDS, partial(lookup.start, server, node))
+            lookup.start(server, node)
         server.run()
 
 
@@ -102,8 +99,8 @@ def _measurer(arguments: Options) -> tuple[Measurer, VmmLookup | None]:
     from kvmneg.host.measure import Measurer as HostMeasurer
     from kvmneg.service.vmms import VmmLookup
 
-    measurer = HostMeasurer(arguments.kvm)
-    return measurer, VmmLookup(arguments.state, measurer)
+    lookup = VmmLookup(arguments.state, HostMeasurer(arguments.kvm))
+    return lookup, lookup
 
 
 def _listener(path: str) -> socket.socket:

@@ -34,6 +34,8 @@ from kvmneg.policy.contract import Contract
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvmneg.client import Client
+
     from .conftest import Daemon
 
 VM = "0b9f3c1e-5f0b-4a49-9d0e-6a1f2b3c4d5e"
@@ -433,3 +435,40 @@ def test_vmm_builds_are_found_and_never_waited_for(
             build["version"] for build in client.get_host()["host"]["combo"].get("vmms", [])
         }:
             next(events)
+
+
+def test_a_vmm_that_is_upgraded_under_the_daemon_is_another_one(
+    real_kvm: None, make_daemon: Callable[..., Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its old version is forgotten at once, and the new one is looked up: nobody restarts the daemon for it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def install(version: str) -> None:
+        new = folder / ".new"
+        new.write_text(f"#!/bin/sh\necho Firecracker v{version}\n")
+        new.chmod(0o755)
+        new.rename(folder / "firecracker")
+
+    def versions(client: Client) -> set[str]:
+        return {
+            build["version"]
+            for build in client.get_host()["host"]["combo"].get("vmms", [])
+            if build["path"] == str(folder / "firecracker")
+        }
+
+    install("9.8.7")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    daemon = make_daemon("--kvm", "/dev/kvm").start()
+    with daemon.client() as client, daemon.client() as watching:
+        events = watching.watch()
+        while versions(client) != {"9.8.7"}:
+            next(events)
+        offer = client.negotiate({"level": "x86-64-v1"})
+        install("9.9.0")
+        client.begin(offer["digest"], "0b9f3c1e-5f0b-4a49-9d0e-6a1f2b3c4d5e")  # it always looks
+        seen = [versions(client)]
+        while seen[-1] != {"9.9.0"}:
+            next(events)
+            seen.append(versions(client))
+    assert {"9.8.7"} not in seen

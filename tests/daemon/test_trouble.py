@@ -388,5 +388,5 @@ def test_without_pidfds_the_lookup_of_vmms_stops_nothing(
     monkeypatch.setattr(os, "pidfd_open", refuse)
     monkeypatch.setattr(vmms, "_PROGRAM", "pass")
     lookup = vmms.VmmLookup(str(tmp_path), cast("Any", SimpleNamespace(vmms=())))
-    lookup.start(cast("Any", None), cast("Any", None))
+    lookup.start(cast("Any", SimpleNamespace(after=lambda _, function: function())), cast("Any", object()))
     assert os.waitpid(children[0], 0)[1] == 0

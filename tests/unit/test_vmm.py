@@ -9,12 +9,15 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from kvmneg import limits
 from kvmneg.errors import StoreError
 from kvmneg.host import vmm
+from kvmneg.service.vmms import VmmLookup
 
 
 @pytest.fixture
@@ -201,3 +204,47 @@ def test_the_installed_qemu(cache: str) -> None:
     found = [build for build in vmm.refresh(cache, ("/usr/bin",)) if build["path"] == os.path.realpath(path)]
     assert [build["name"] for build in found] == ["qemu"]
     assert f"version {found[0]['version']}" in first_line
+
+
+def test_stamps_change_with_what_is_installed(bin_folder: Path, cache: str, tmp_path: Path) -> None:
+    def look() -> object:
+        return vmm.stamps(cache, vmm.known(cache, ()), ())
+
+    empty = look()
+    assert look() == empty
+    binary = install(bin_folder, "firecracker", "echo Firecracker v1.7.0")
+    installed = look()
+    assert installed != empty and not vmm.settled(cache, ())
+    vmm.refresh(cache, ())
+    known = look()
+    assert known != installed and vmm.settled(cache, ()) and look() == known
+    builds = vmm.known(cache, ())
+    before = vmm.stamps(cache, builds, ())
+    with binary.open("a") as file:  # in place: its folder does not show it
+        file.write("# longer\n")
+    assert vmm.stamps(cache, builds, ()) != before and not vmm.settled(cache, ())
+    vmm.refresh(cache, ())
+    before = look()
+    binary.unlink()
+    assert look() != before and vmm.settled(cache, ())
+
+
+def test_a_daemon_forgets_a_build_that_was_replaced(bin_folder: Path, tmp_path: Path) -> None:
+    """Looked at like any input that changes by itself; the new version is the look-up's to find."""
+    cache = str(tmp_path / "vmm-builds.json")
+    install(bin_folder, "firecracker", "echo Firecracker v1.7.0")
+    vmm.refresh(cache, ())
+    measurer = SimpleNamespace(vmms=(), measured=0, changed=lambda *, fresh: False)
+    measurer.measure = lambda: [build["path"] for build in measurer.vmms]
+    lookup = VmmLookup(str(tmp_path), cast("Any", measurer))
+    path = str(bin_folder / "firecracker")
+    assert path in cast("Any", lookup.measure())
+    assert not lookup.changed(fresh=True)
+    install(bin_folder, "firecracker", "echo Firecracker v1.8.0")
+    assert not lookup.changed(), "looked at a moment ago"
+    assert lookup.changed(fresh=True) and lookup.changed()
+    assert path not in cast("Any", lookup.measure())
+    assert not lookup.changed(fresh=True)
+    vmm.refresh(cache, ())  # as the child does
+    assert lookup.changed(fresh=True)
+    assert path in cast("Any", lookup.measure())
