@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import struct
 import time
 
@@ -259,9 +260,20 @@ class Client:
         if error.errno == errno.EAGAIN:
             why = f"it took no connection for {self.timeout:g} seconds"
         start = "systemctl start kvmnegd" if self.path == DEFAULT_SOCKET else f"kvmnegd --socket {self.path}"
-        return errors.Unreachable(
-            f"kvmnegd is not reachable on {self.path}: {why}", hint=f"start it with `{start}`"
-        )
+        hint = f"start it with `{start}`"
+        if error.errno in (errno.ECONNREFUSED, errno.ENOTDIR) and not _may_be_socket(self.path):
+            why, hint = "that is no socket", "name the socket that kvmnegd serves on"
+        return errors.Unreachable(f"kvmnegd is not reachable on {self.path}: {why}", hint=hint)
+
+
+def _may_be_socket(path: str) -> bool:
+    """Whether a daemon could serve there: a plain file, or a path below one, refuses a connection as well."""
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return True  # gone meanwhile
+    except OSError:
+        return False
 
 
 def _given(**parameters: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": ("compare", "what differs between two reports, contracts or fences"),
     "fence": ("fence", "show, pin or take down the fence; its history"),
     "contract": ("contract", "show a contract by its digest"),
+    "vm": ("vm", "take an offer for a VM; say that the VM runs, or is gone"),
     "watch": ("watch", "follow generation and state"),
     "import": ("importing", "turn another tool's output into a report"),
 }

@@ -60,7 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     offer = _from_report(arguments) if arguments.report else _from_daemon(arguments)
     emitted = requests.emission(arguments, offer.contract, offer.host)
-    begun = _begin(arguments, offer) if arguments.begin else None
+    begun = None
+    if arguments.begin:
+        from kvmneg.cli import vm
+
+        begun = vm.begin(arguments, offer.contract.digest)
     if arguments.json:
         document = offer.to_json()
         if begun:
@@ -132,17 +136,6 @@ def _from_daemon(arguments: argparse.Namespace) -> Offer:
 
         host = negotiation.ceiling(sources.daemon_report(arguments), None, request.vmm)
     return Offer(contract, answer["generation"], not_granted, answer["scope"], host)
-
-
-def _begin(arguments: argparse.Namespace, offer: Offer) -> dict[str, Any]:
-    answer = sources.call(arguments, "org.kvmneg.Begin", digest=offer.contract.digest, vm=arguments.vm)
-    return {
-        "vm": arguments.vm,
-        "digest": answer["digest"],
-        "generation": answer["generation"],
-        "path": answer.get("path"),
-        "expires_in_seconds": answer.get("expiresInSeconds"),
-    }
 
 
 def _show(

@@ -113,6 +113,29 @@ def test_a_call_that_is_too_long_is_not_sent(served, client):
 # --- not reachable
 
 
+@pytest.mark.parametrize("below", ["", "/socket"])
+def test_what_is_no_socket(tmp_path, below):
+    """kvmnegd would not serve there either: starting it is no advice."""
+    path = tmp_path / "file"
+    path.write_text("not a socket")
+    with pytest.raises(errors.Unreachable, match="no socket") as error, Client(f"{path}{below}") as client:
+        client.get_host()
+    assert "start it" not in error.value.hint
+
+
+def test_a_folder_is_no_socket(tmp_path):
+    with pytest.raises(errors.Unreachable, match="no socket"), Client(str(tmp_path)) as client:
+        client.get_host()
+
+
+def test_a_socket_that_nobody_listens_on(tmp_path):
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(tmp_path / "socket"))
+    with pytest.raises(errors.Unreachable) as error, Client(str(tmp_path / "socket")) as client:
+        client.get_host()
+    assert "kvmnegd --socket" in error.value.hint
+
+
 def test_no_socket(tmp_path):
     with (
         pytest.raises(errors.Unreachable, match="No such file") as error,

@@ -151,6 +151,36 @@ def test_a_contract_is_offered_granted_and_read_back(capsys: Capture, socket: st
         assert run_json(capsys, socket, "check", "--contract", contract)[1]["fits"] is True
 
 
+def test_a_vm_is_begun_started_and_ended(capsys: Capture, socket: str) -> None:
+    _, offer = run_json(capsys, socket, "negotiate", "--level", "x86-64-v2")
+    digest = offer["digest"].removeprefix("sha256:")
+    status, begun = run_json(capsys, socket, "vm", "begin", digest, VM)
+    assert (status, begun["vm"], begun["digest"]) == (0, VM, offer["digest"])
+    assert begun["generation"] == offer["generation"] and begun["expires_in_seconds"] > 0
+    assert Path(begun["path"]).stat().st_size
+    status, out, _ = run(capsys, socket, "vm", "begin", digest, VM)  # the same again
+    assert status == 0 and begun["path"] in out and "expires" in out
+    assert run_json(capsys, socket, "vm", "started", VM) == (0, {"vm": VM, "state": "started"})
+    status, out, _ = run(capsys, socket, "vm", "end", VM)
+    assert status == 0 and VM in out
+    assert not Path(begun["path"]).exists()
+    status, no = run_json(capsys, socket, "vm", "end", VM)
+    assert (status, no["error"]["name"]) == (2, "org.kvmneg.InvalidRequest")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["begin", "nothing", VM], ["begin", "0" * 64], ["started"], ["end", "no-uuid"], ["stop", VM], []],
+)
+def test_what_a_vm_cannot_be_told(capsys: Capture, socket: str, words: list[str]) -> None:
+    assert run_json(capsys, socket, "vm", *words)[0] == 2
+
+
+def test_an_offer_that_nobody_made_is_not_begun(capsys: Capture, socket: str) -> None:
+    status, no = run_json(capsys, socket, "vm", "begin", "0" * 64, VM)
+    assert (status, no["error"]["name"]) == (1, "org.kvmneg.NoSuchContract")
+
+
 def test_a_daemons_contract_leads_to_qemu_arguments(
     capsys: Capture, socket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
