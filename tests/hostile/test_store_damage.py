@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 import shutil
@@ -15,34 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmneg.errors import BadInput, StoreError
-from kvmneg.store.interface import Audit
 from kvmneg.store.sqlite import SqliteStore
+
+from .conftest import content, pin, sha256, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-AUDIT = Audit(0, 42, "2026-11-21T06:00:00Z", "a test", "pytest")
-
-
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def text_of(generation: int) -> str:
-    return f"fence {generation}\n" * 4000
-
-
-def pin(store: SqliteStore, text: str) -> int:
-    return store.pin(text, sha256(text), expected_generation=None, audit=AUDIT).generation
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "lock"}
 
 
 def crashed(state: Path) -> None:

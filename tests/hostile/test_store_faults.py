@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import re
@@ -22,13 +21,13 @@ import pytest
 
 import kvmneg
 from kvmneg.errors import StoreError
-from kvmneg.store.interface import Audit
 from kvmneg.store.sqlite import SqliteStore
+
+from .conftest import content, pin, sha256, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-AUDIT = Audit(0, 42, "2026-11-21T06:00:00Z", "a test", "pytest")
 # A child finds the package under test where this process did.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(kvmneg.__file__).parents[1])}
 
@@ -58,18 +57,6 @@ with SqliteStore(directory) as store:
 """
 
 
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def text_of(generation: int) -> str:
-    return f"fence {generation}\n" * 4000
-
-
-def pin(store: SqliteStore, text: str) -> int:
-    return store.pin(text, sha256(text), expected_generation=None, audit=AUDIT).generation
-
-
 def spawn(script: str, directory: Path | str, *, before: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
     command = [*before, sys.executable, "-P", "-c", COMMON + script, str(directory)]
     pipe = subprocess.PIPE
@@ -81,15 +68,6 @@ def finish(child: subprocess.Popen[bytes]) -> str:
     output, errors = child.communicate(timeout=60)
     assert child.returncode == 0, errors.decode()
     return output.decode()
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "lock"}
 
 
 # No space
