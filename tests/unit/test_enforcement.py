@@ -217,6 +217,58 @@ def test_msrs() -> None:
     assert not_kept(Msrs()) == {"msr:0x10a": REPLACED, "msr:0x48d": REFUSED}
 
 
+# As Linux 6.12's kvm_intel lists them on a Haswell (Bochs, corei7_haswell_4770).
+HASWELL = {
+    0x480: 0xD8100011E57ED0, 0x481: 0x7F00000016, 0x482: 0xF7F9FFFE0401E172, 0x483: 0x7FFFFF00036DFF,
+    0x484: 0xF3FF000011FF, 0x485: 0x20000165, 0x486: 0x80000021, 0x487: 0xFFFFFFFF, 0x488: 0x2000, 0x489: 0x172FFF,
+    0x48A: 0x32, 0x48B: 0x27BFF00000000, 0x48C: 0xF0106334041, 0x48D: 0x7F00000016, 0x48E: 0xF7F9FFFE04006172,
+    0x48F: 0x7FFFFF00036DFB, 0x490: 0xF3FF000011FB, 0x491: 0x1, 0x10A: 0x400000000C000040,
+}  # fmt: skip
+GENERATED = {0x481, 0x482, 0x483, 0x484, 0x487, 0x489}  # from others, or from CPUID: not to be set
+
+
+class IntelKvm(Vcpu):
+    """Takes VMX MSRs as vmx_set_vmx_msr does (Linux 6.12, arch/x86/kvm/vmx/nested.c), once CPUID has VMX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = dict(HASWELL)
+
+    def takes(self, index: int, value: int) -> bool:
+        was = HASWELL[index]
+        if index == 0x10A:
+            return True
+        if not self.tables or not any(
+            entry.function == 1 and entry.ecx & 1 << 5 for entry in self.tables[-1]
+        ):
+            return False
+        if 0x48D <= index <= 0x490 or index == 0x48B:
+            must, may = was & (1 << 32) - 1, was >> 32
+            return not must & ~value and not value >> 32 & ~may
+        if index in (0x486, 0x488):
+            return not was & ~value
+        return index not in GENERATED and not value & ~was
+
+    def msr(self, index: int, value: int) -> MsrShown:
+        taken = self.takes(index, value)
+        if taken:
+            self.values[index] = value
+        return MsrShown(self.values[index], unread=False, unset=not taken)
+
+
+def test_nested_vmx_of_a_faithful_kvm_is_kept_to() -> None:
+    """What KVM generates itself is not set, controls keep what must be 1, and VMX is in CPUID before its MSRs."""
+    vcpu = IntelKvm()
+    table = [leaf(entry, 1, ecx=entry.ecx | 1 << 5) for entry in TABLE]
+    offer = {f"msr:{index:#x}": value for index, value in HASWELL.items()}
+    probe = Probe({}, table, None, None, HASWELL, (), None, {})  # type: ignore[arg-type]
+    found = enforcement.grades(cast("Kvm", vcpu), SCRATCH, probe, offer)
+    assert found == {f"msr:{index:#x}": UNTESTED for index in sorted(GENERATED)}
+    given = {index: value for values in vcpu.msrs for index, value in values.items()}
+    assert not GENERATED & given.keys()
+    assert given[0x48E] == 0x04006172_04006172 and given[0x48B] == 0  # lowered as far as KVM goes
+
+
 def test_what_nothing_reads_back_is_untested() -> None:
     class Mute(Vcpu):
         def msr(self, index: int, value: int) -> MsrShown:
