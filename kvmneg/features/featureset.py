@@ -131,6 +131,14 @@ def _uncontradicted(rule: WordRules, value: int) -> int:
     return value
 
 
+def _unlimited(rule: WordRules, value: int) -> int:
+    """The value with each limit that bounds nothing left unset: so that equal sets are equal words."""
+    for field in rule.limits:
+        if value >> field.shift & field.mask and field.limit(value) == field.limit(value & field.clear):
+            value &= field.clear
+    return value
+
+
 def _closed(catalog: Catalog, kept: dict[str, int]) -> dict[str, int]:
     """`kept` with every unmet dependency at its bottom and without the words at their bottom."""
     needs_of, value_of, dependents = catalog.requirements, kept.get, catalog.dependents
@@ -152,6 +160,10 @@ def _closed(catalog: Catalog, kept: dict[str, int]) -> dict[str, int]:
                         changed[word] = None
         pending = {built: None for word in changed for built in catalog.built_on.get(word, ())}
     rule_of = catalog.words
+    for rule in catalog.limited:
+        value = value_of(rule.word)
+        if value:
+            kept[rule.word] = _unlimited(rule, value)
     return {word: value for word, value in kept.items() if value != rule_of[word].bottom}
 
 
@@ -173,6 +185,12 @@ def _meet_open(catalog: Catalog, a: dict[str, int], b: dict[str, int]) -> dict[s
         elif other is not None:
             rule = rule_of[word]
             met[word] = value & other if rule.all_and else _meet_word(rule, value, other)
+    for lead, others in catalog.groups:
+        if met.get(lead):
+            for word in others:
+                if a.get(word) != b.get(word):
+                    met[lead] = 0  # and what they need goes with it, and all of them with that
+                    break
     return met
 
 
@@ -244,15 +262,19 @@ def _unfit_bits(rule: WordRules, guest: int, host: int) -> int:
     """The bits of a word by which a guest's value does not fit a host's; a numeric field counts whole."""
     unfit = guest & ~host & rule.and_mask | host & ~guest & rule.or_mask
     for field in rule.fields:
-        if not field.fits(guest >> field.shift & field.mask, host >> field.shift & field.mask):
+        if field.unset is not None:
+            own = host >> field.shift & field.mask  # where unset, the number it follows is what blocks
+            if own and field.limit(guest) > own:
+                unfit |= field.mask << field.shift
+        elif not field.fits(guest >> field.shift & field.mask, host >> field.shift & field.mask):
             unfit |= field.mask << field.shift
     return unfit
 
 
 def _unfit_words(guest: FeatureSet, host: FeatureSet) -> Iterator[tuple[str, int, int, int]]:
     """(word, guest's value, host's value, unfit bits) of each word that does not fit."""
-    rule_of = catalogs.load(guest.architecture).words
-    promised, offered = guest.words, host.words
+    catalog = catalogs.load(guest.architecture)
+    rule_of, promised, offered = catalog.words, guest.words, host.words
     for word, ours in promised.items():
         theirs = offered.get(word)
         if ours != theirs:  # most are equal: asking their rules costs ten times as much
@@ -268,6 +290,11 @@ def _unfit_words(guest: FeatureSet, host: FeatureSet) -> Iterator[tuple[str, int
             unfit = _unfit_bits(rule, rule.bottom, theirs)
             if unfit:
                 yield word, rule.bottom, theirs, unfit
+    for lead, others in catalog.groups:
+        if lead in promised:
+            for word in others:  # 0 on the guest: alone it would fit whatever the host has
+                if word in offered and word not in promised:
+                    yield word, 0, offered[word], rule_of[word].judged
 
 
 def fits(

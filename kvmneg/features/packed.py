@@ -127,7 +127,7 @@ class Layout:
     """Where each field of a catalogue lies in the two integers. Use `layout()`: making one passes all rules."""
 
     __slots__ = (
-        "_bits_end", "_bottoms", "_equal", "_flip", "_guards", "_keep", "_lanes", "_numbers_end",
+        "_bits_end", "_bottoms", "_equal", "_flip", "_groups", "_guards", "_keep", "_lanes", "_numbers_end",
         "_plain", "_plain_odd", "_ranges", "_ranked", "_ranks", "_same", "_same_mask", "_same_start",
         "_single", "_struct", "_words",
     )  # fmt: skip
@@ -137,6 +137,8 @@ class Layout:
         self._place_bits(catalog, buffer)
         self._place_numbers(catalog, buffer)
         self._ranges = [(word, field) for word, rule in catalog.words.items() for field in rule.ranges]
+        # of the words that are one value together, the one that is dropped for all
+        self._groups = {word: lead for lead, others in catalog.groups for word in others}
         self._struct = Struct(buffer.format)
         self._words, self._bottoms = buffer.words, buffer.bottoms
 
@@ -248,13 +250,18 @@ class Layout:
         bits, numbers = packed
         plain = bits ^ self._flip
         found = {word: plain >> place & mask for word, place, mask in self._single}
-        conflicts = []
+        conflicts, dropped = [], []
         for one in self._same:
             value, twin = bits >> one.place & one.mask, bits >> one.twin & one.mask
             if value ^ twin == one.mask:
                 found[one.word] |= value << one.field.shift
-            elif one.field.rule == rules.EQUAL and value & twin != one.mask:
-                conflicts.append(one.word)
+            elif one.field.rule == rules.EQUAL:
+                if value & twin != one.mask:
+                    conflicts.append(one.word)
+            elif one.word in self._groups:
+                dropped.append(self._groups[one.word])
+        # whole words; what is built on them, and the others of the group, go when the set is closed
+        found.update(dict.fromkeys(dropped, 0))
         for lane in self._lanes.values():
             found[lane.word] = found.get(lane.word, 0) | lane.value(numbers)
         for word, range_ in self._ranges:

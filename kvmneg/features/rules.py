@@ -146,7 +146,7 @@ RULES: dict[str, Rule] = {
     ),
     MINIMUM: Rule("the smallest of the pool", min, lambda g, h: g <= h, _zero),
     MINIMUM_NONZERO: Rule(
-        "the smallest of the pool, 0 means no limit of its own",
+        "the smallest of the pool, 0 means no limit of its own: as many as the number it goes with",
         _minimum_nonzero,
         lambda g, h: _minimum_nonzero(g, h) == g,
         _one,

@@ -202,12 +202,11 @@ def met(classes: Sequence[dict[str, int]]) -> dict[str, int]:
     common = meet_all(FeatureSet.of(ARCHITECTURE, one) for one in classes)
     first, *others = classes
     every = {word: None for one in classes for word in one}
-    return {
-        word: first[word]
-        if word in first and all(other.get(word) == first[word] for other in others)
-        else common.value(word)
-        for word in every
-    }
+    alike = {word for word in first if all(other.get(word) == first[word] for other in others)}
+    for lead, rest in catalogs.load(ARCHITECTURE).groups:
+        if not alike.issuperset(every.keys() & {lead, *rest}):
+            alike -= {lead, *rest}  # one value together
+    return {word: first[word] if word in alike else common.value(word) for word in every}
 
 
 def silicon_of(classes: Sequence[Sequence[CpuidEntry]]) -> dict[str, int]:

@@ -198,7 +198,10 @@ class _Reader:
 
     def _explain(self, word: str, value: int, granted: FeatureSet) -> None:
         """Refuse what is granted without its base: taking it as hidden would hide the mistake."""
-        for feature in catalogs.names(self.architecture).at(word, value & ~granted.value(word)):
+        lost = value & ~granted.value(word)
+        for field in self._rule(word).limits:
+            lost &= field.clear  # a limit that bounds nothing is left unset, and no lie
+        for feature in catalogs.names(self.architecture).at(word, lost):
             self.line = self.lines.get(f"{word}.{feature.name}") or self.lines.get(word, 0)
             raise self._contradiction(feature)
 

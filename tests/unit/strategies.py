@@ -73,7 +73,7 @@ def _possible() -> dict[str, int]:
     """The full set as a CPU could have it: highest leaves, address bits, counters and XSAVE places that add up."""
     levels = {0x0: 0xFF, 0x7: 2, 0x8000_0000: 0x8000_00FF, 0xC000_0000: 0xC000_00FF}
     words = _full() | {f"cpuid:{leaf:#x}.0.eax": highest for leaf, highest in levels.items()}
-    words |= {"cpuid:0x80000008.0.eax": 0x34_39_34, "cpuid:0xa.0.eax": 0x0830_0805, "kvm:xsave2": 0x1000}
+    words |= {"cpuid:0x80000008.0.eax": 0x30_39_34, "cpuid:0xa.0.eax": 0x0830_0805, "kvm:xsave2": 0x1000}
     supervisor = 1 << 8 | 0x7F << 10  # SDM vol. 1, 13.1
     words["cpuid:0xd.0.eax"] &= ~supervisor
     for number in (number for number in range(2, 63) if f"cpuid:0xd.{number}.eax" in words):

@@ -16,7 +16,7 @@ TABLES = sorted((HERE.parents[1] / "kvmneg" / "features" / "catalog" / "x86").gl
 MASKS = HERE.parents[1] / "kvmneg" / "data" / "x86_kvm_masks.json"
 FEATURE_KEYS = {
     "bit", "bits", "rule", "requires", "title", "why", "withheld", "value", "qemu", "linux", "libvirt",
-    "vendor",
+    "vendor", "unset", "with",
 }  # fmt: skip
 MERGED = {
     "and", "or", "hint", "minimum", "minimum-nonzero", "maximum", "equal", "equal-or-drop", "lowest",
@@ -54,9 +54,19 @@ VMX_GROUP = {
 AMX_GROUP = {
     "amx-tile", "amx-max-palette", "amx-palette-sizes", "amx-row-and-names", "amx-max-rows", "amx-tmul",
 }  # fmt: skip
-INTEL_PT_GROUP = {
-    "intel-pt", "intel-pt-max-subleaf", "intel-pt-capabilities", "intel-pt-outputs",
-    "intel-pt-ranges-and-mtc", "intel-pt-cycle-and-psb",
+INTEL_PT_GROUP = {"intel-pt", "intel-pt-capabilities"}
+# Words that are one value together, by the one that is 0 only where all are.
+ONE_VALUE = {
+    "intel-pt-capabilities": {
+        "intel-pt-max-subleaf", "intel-pt-outputs", "intel-pt-ranges-and-mtc", "intel-pt-cycle-and-psb",
+    },
+    **{
+        f"xsave-{name}-size": {f"xsave-{name}-offset", f"xsave-{name}-flags"}
+        for name in (
+            "avx", "bndregs", "bndcsr", "opmask", "zmm-hi256", "hi16-zmm", "pt", "pkru", "pasid", "cet-u",
+            "cet-s", "hdc", "uintr", "lbr", "hwp", "xtilecfg", "xtiledata", "apx", "lwp",
+        )
+    },
 }  # fmt: skip
 
 
@@ -213,6 +223,14 @@ def test_only_declared_groups_need_each_other() -> None:
         if name in above[name]
     }
     assert cycles == GROUPS
+
+
+def test_words_that_are_one_value_are_the_ones_of_the_manuals() -> None:
+    found: dict[str, set[str]] = {}
+    for row in _tables()[0]:
+        if "with" in row.entry:
+            found.setdefault(row.entry["with"], set()).add(row.name)
+    assert found == ONE_VALUE
 
 
 def test_reversed_bits_are_the_ones_of_the_manuals() -> None:

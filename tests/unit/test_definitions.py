@@ -147,7 +147,12 @@ level-func7 = { bits = "31:0", rule = "minimum" }
 ["cpuid:0x0.0.ebx"]
 vendor = { bits = "31:0", rule = "equal" }
 ["cpuid:0x80000008.0.eax"]
-guest-phys-bits = { bits = "23:16", rule = "minimum-nonzero" }
+phys-bits = { bits = "7:0", rule = "minimum" }
+guest-phys-bits = { bits = "23:16", rule = "minimum-nonzero", unset = "phys-bits" }
+["cpuid:0x14.0.ebx"]
+trace = { bits = "31:0", rule = "equal-or-drop", requires = ["fpu"] }
+["cpuid:0x14.0.eax"]
+subleaf = { bits = "31:0", rule = "equal-or-drop", requires = ["fpu"], with = "trace" }
 ["cpuid:0x2"]
 rule = "topology"
 why = "caches"
@@ -174,8 +179,9 @@ def test_a_good_table_compiles(tmp_path: Path) -> None:
     merging: dict[str, object] = {}
     exec((tmp_path / "out" / "_x86_64.py").read_text("utf-8"), merging)  # what the build writes is Python
     assert merging["LEAVES"] == {"cpuid:0x2": "topology"}
-    (need,) = merging["REQUIRES"]  # type: ignore[misc]
+    need = merging["REQUIRES"][0]  # type: ignore[index]
     assert need[:3] == ("cpuid:0x1.0.edx", 1 << 24, "cpuid:0x1.0.edx")
+    assert merging["GROUPS"] == (("cpuid:0x14.0.ebx", ("cpuid:0x14.0.eax",)),)
     assert merging["WORDS"][0] == ("cpuid:0x1.0.edx", 1 | 1 << 24, 0, 0, (), 1 | 1 << 24, 0)  # type: ignore[index]
 
 
@@ -223,6 +229,27 @@ BAD = [
     ('["cpuid:0x9.0.ecx"]\na = { bit = 0, rule = "and", value = 1 }', "has a value"),
     ('["cpuid:0x9.0.ecx"]\na = { bit = 0, rule = "policy", value = 2 }', "does not fit its bits"),
     ('["cpuid:0x9.0.ecx"]\na = { bit = 0, rule = "or", withheld = "no" }', "can be withheld"),
+    ('["cpuid:0x9.0.ecx"]\na = { bits = "7:0", rule = "minimum-nonzero" }', "says what holds then"),
+    (
+        '["cpuid:0x9.0.ecx"]\na = { bits = "7:0", rule = "minimum", unset = "phys-bits" }',
+        "says what holds then",
+    ),
+    (
+        '["cpuid:0x9.0.ecx"]\na = { bits = "7:0", rule = "minimum-nonzero", unset = "phys-bits" }',
+        "of the same word and width",
+    ),
+    (
+        '["cpuid:0x9.0.ecx"]\na = { bits = "7:0", rule = "minimum-nonzero", unset = "nothing" }',
+        "of the same word and width",
+    ),
+    (
+        '["cpuid:0x9.0.ecx"]\na = { bits = "7:0", rule = "equal-or-drop", with = "trace" }',
+        "only a whole word",
+    ),
+    ('["cpuid:0x9.0.ecx"]\na = { bits = "31:0", rule = "minimum", with = "trace" }', "only a whole word"),
+    ('["cpuid:0x9.0.ecx"]\na = { bits = "31:0", rule = "equal-or-drop", with = "fpu" }', "by itself"),
+    ('["cpuid:0x9.0.ecx"]\na = { bits = "31:0", rule = "equal-or-drop", with = "nothing" }', "by itself"),
+    ('["cpuid:0x9.0.ecx"]\na = { bits = "31:0", rule = "equal-or-drop", with = "trace" }', "go together"),
     ('["cpuid:0x9"]\nrule = "and"', "a whole leaf must be one of"),
     ('["cpuid:0x9"]', "a whole leaf must be one of"),
     ('["cpuid:0x2"]\nrule = "topology"', "described twice"),

@@ -117,13 +117,27 @@ def test_each_blocker_names_a_feature_that_does_not_fit(guest: FeatureSet, host:
         rule = rules.RULES.get(feature.rule)
         mask = (1 << feature.width) - 1
         ours, theirs = (one.value(feature.word) >> feature.shift & mask for one in (guest, host))
+        if feature.name == "guest-phys-bits":  # 0 is as many as phys-bits (APM vol. 3, 0x80000008 EAX)
+            ours, rule = limit(guest), rules.RULES[rules.MINIMUM] if theirs else None
         if rule is not None and not rule.fits(ours, theirs):
             expected.add(feature.name)
+    for lead, others in CATALOG.groups:
+        if guest.value(lead):
+            expected |= {
+                feature.name
+                for word in others
+                if guest.value(word) != host.value(word)
+                for feature in NAMES.by_place[word]
+            }
     found = fits(guest, host, missing_on="node7", cause="fence")
     assert {blocker.feature for blocker in found} == expected
     assert all(blocker.missing_on == "node7" and blocker.cause == "fence" for blocker in found)
     places = [(words.order(blocker.word), blocker.bit or 0) for blocker in found if blocker.bit is not None]
     assert places == sorted(places)
+
+
+def limit(one: FeatureSet) -> int:
+    return one.field("guest-phys-bits") or one.field("phys-bits")
 
 
 def test_an_or_bit_that_only_the_host_has_blocks_the_guest() -> None:
@@ -180,6 +194,23 @@ def by_feature(measured: dict[str, int]) -> dict[str, int]:
     return values
 
 
+def holding(measured: dict[str, int]) -> dict[str, int]:
+    """The same, with what holds for a limit: without one of its own a guest has as many as phys-bits."""
+    values = by_feature(measured)
+    most = values["phys-bits"]
+    values["guest-phys-bits"] = min(values["guest-phys-bits"] or most, most)
+    return values
+
+
+def grouped(a: dict[str, int], b: dict[str, int], lower: dict[str, int]) -> dict[str, int]:
+    """`lower` with the words that are one value together dropped where a and b differ in any of them."""
+    for lead, others in CATALOG.groups:
+        names = [feature.name for word in (lead, *others) for feature in NAMES.by_place[word]]
+        if any(a[name] != b[name] for name in names):
+            lower.update(dict.fromkeys(names, 0))
+    return lower
+
+
 def to_raw(values: dict[str, int]) -> dict[str, int]:
     measured: dict[str, int] = {}
     for name, value in values.items():
@@ -193,20 +224,22 @@ def test_closing_is_contracting_and_idempotent(measured: dict[str, int]) -> None
     closed = FeatureSet.of(ARCHITECTURE, measured)
     assert FeatureSet.of(ARCHITECTURE, closed.words) == closed
     assert FeatureSet.of(ARCHITECTURE, closed.explicit()) == closed
-    opened = by_feature(measured)
-    for name, value in by_feature(closed.words).items():
+    opened = holding(measured)
+    for name, value in holding(closed.words).items():
         feature = NAMES.by_name[name]
-        if feature.rule != rules.EQUAL:
+        if feature.name == "guest-phys-bits":
+            assert value <= opened[name]
+        elif feature.rule != rules.EQUAL:
             assert rules.RULES[feature.rule].meet(value, opened[name]) == value, name
 
 
 @given(raw(), raw())
 def test_closing_is_monotone(a: dict[str, int], b: dict[str, int]) -> None:
-    ours, theirs = by_feature(a), by_feature(b)
+    ours, theirs = holding(a), holding(b)
     lower = {
         name: rules.RULES[NAMES.by_name[name].rule].meet(value, theirs[name]) for name, value in ours.items()
     }
-    closed = FeatureSet.of(ARCHITECTURE, to_raw(lower))
+    closed = FeatureSet.of(ARCHITECTURE, to_raw(grouped(ours, theirs, lower)))
     assert below(closed, FeatureSet.of(ARCHITECTURE, a))
     assert closed == meet(FeatureSet.of(ARCHITECTURE, a), FeatureSet.of(ARCHITECTURE, b))
 
@@ -253,6 +286,63 @@ def test_a_lost_component_takes_its_features() -> None:
     assert met.field("avx2") == 1
     assert [met.field(name) for name in ("avx512f", "avx512bw", "xcr0-opmask", "xcr0-hi16-zmm")] == [0] * 4
     assert met.value("cpuid:0xd.0.eax") == 0x7
+
+
+def test_a_legal_zero_of_a_group_is_a_value_and_a_difference_drops_all_of_it() -> None:
+    """Leaf 0x14 of Broadwell: no subleaf 1. A register that is 0 there is not what another host has."""
+    lm = {"0x1_0_edx": 0x0F8BFBFF, "0x7_0_ebx": 1 << 25}
+    broadwell = make(**lm, **{"0x14_0_ebx": 1, "0x14_0_ecx": 0xF})
+    assert broadwell.field("intel-pt") == 1 and meet(broadwell, broadwell) == broadwell
+    for word in ("0x14_0_eax", "0x14_1_eax", "0x14_1_ebx"):
+        other = make(**lm, **{"0x14_0_ebx": 1, "0x14_0_ecx": 0xF, word: 1})
+        assert other.field("intel-pt") == 1
+        met = meet(broadwell, other)
+        assert met == meet(other, broadwell) == meet_all([other, broadwell] * 20)
+        assert met == make(**lm) and met.field("intel-pt") == 0
+        name = f"cpuid:{word.replace('_', '.')}"
+        assert [blocker.word for blocker in fits(broadwell, other)] == [name]
+        assert [blocker.word for blocker in fits(other, broadwell)] == [name]
+        assert fits(met, broadwell) == fits(met, other) == ()
+
+
+def test_a_component_with_other_flags_is_another_component() -> None:
+    """Bit 1 of ECX moves it in the compacted image (SDM vol. 1, 13.4.3)."""
+    states = {"0x1_0_ecx": 1 << 26 | 1 << 28, "0xd_0_eax": 7, "0xd_2_eax": 0x100, "0xd_2_ebx": 0x240}
+    states["0x1_0_edx"] = 0x0F8BFBFF
+    plain, aligned = make(**states), make(**states, **{"0xd_2_ecx": 2})
+    assert plain.field("avx") == aligned.field("avx") == 1
+    assert meet(plain, aligned).field("avx") == meet_all([plain, aligned] * 20).field("avx") == 0
+    assert {blocker.feature for blocker in fits(plain, aligned)} == {"xsave-avx-flags"}
+
+
+WIDTHS = [
+    # guest's phys-bits and guest-phys-bits, the host's, and whether it fits (APM vol. 3, 0x80000008 EAX)
+    ((46, 0), (46, 46), True),
+    ((46, 46), (46, 0), True),
+    ((46, 0), (52, 48), True),
+    ((52, 0), (52, 48), False),
+    ((52, 48), (52, 0), True),
+    ((52, 52), (52, 48), False),
+    ((46, 48), (46, 46), True),
+    ((39, 39), (46, 40), True),
+]
+
+
+@pytest.mark.parametrize(("guest", "host", "fit"), WIDTHS)
+def test_an_unset_guest_width_is_the_physical_one(
+    guest: tuple[int, int], host: tuple[int, int], fit: bool
+) -> None:
+    ours, theirs = (make(**{"0x80000008_0_eax": own << 16 | most}) for most, own in (guest, host))
+    assert (fits(ours, theirs) == ()) is fit
+    met = meet(ours, theirs)
+    assert (met == ours) is fit
+    assert met.field("phys-bits") == min(guest[0], host[0])
+    assert limit(met) == min(limit(ours), limit(theirs))
+    assert meet_all([theirs, ours] * 20) == met
+    if fit and guest[1] in (0, guest[0]):
+        assert met.field("guest-phys-bits") == 0, (
+            "what bounds nothing is left unset: older VMMs have no name for it"
+        )
 
 
 # -- identity, digest, documents ---------------------------------------------------------------------
@@ -305,5 +395,7 @@ def test_each_word_of_the_catalogue_can_be_held_and_differs_from_nothing(word: s
     other = FeatureSet.of(ARCHITECTURE, {key: item for key, item in FULL.items() if key != word})
     assert one.value(word) & ~CATALOG.words[word].judged == 0
     assert (one == other) == (diff(one, other) == ())
-    if word not in CATALOG.equal_words:
+    if any(word in others and lead in other.words for lead, others in CATALOG.groups):
+        assert not below(other, FeatureSet.of(ARCHITECTURE, FULL)), "its 0 is another value of the whole"
+    elif word not in CATALOG.equal_words:
         assert below(other, FeatureSet.of(ARCHITECTURE, FULL))

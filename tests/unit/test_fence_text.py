@@ -60,6 +60,8 @@ def test_a_text_written_by_hand() -> None:
     assert fence.granted.field("pmu-version") == 0
     assert fence.granted.value("cpuid:0x7.0.edx") == CATALOG.words["cpuid:0x7.0.edx"].or_mask
     assert "cpuid:0x80000008.0.eax.phys-bits = 46\n" in fence.text()
+    bounding_nothing = fence.text().replace("guest-phys-bits = 0", "guest-phys-bits = 46")
+    assert bounding_nothing != fence.text() and Fence.parse(bounding_nothing).digest == fence.digest
     line = next(row for row in fence.text().splitlines() if row.startswith("cpuid:0x1.0.edx"))
     assert line.split("#")[1].split()[:3] == ["fpu", "vme", "de"]
 

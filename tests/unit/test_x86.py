@@ -247,3 +247,13 @@ class TestMixedCpus:
     def test_alike_cpus_keep_what_was_measured(self) -> None:
         one = x86.decoder().offer(probe([entry(0x3F00, 0, 0x55)]))
         assert x86.met([one, dict(one)]) == one
+
+
+def test_a_host_of_two_kinds_has_no_processor_trace_where_their_trace_differs() -> None:
+    """A subleaf that one kind has not: what both have alike is no trace of either."""
+    both = {"cpuid:0x7.0.ebx": 1 << 25, "cpuid:0x14.0.ebx": 1, "cpuid:0x14.0.ecx": 1}
+    one, other = both | {"cpuid:0x14.0.eax": 0}, both | {"cpuid:0x14.0.eax": 1}
+    host = x86.met([one, other])
+    assert (host["cpuid:0x14.0.eax"], host["cpuid:0x14.0.ebx"], host["cpuid:0x14.0.ecx"]) == (0, 0, 0)
+    assert FeatureSet.of("x86_64", host).field("intel-pt") == 0
+    assert FeatureSet.of("x86_64", x86.met([one, dict(one)])).field("intel-pt") == 1

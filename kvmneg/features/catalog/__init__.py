@@ -30,11 +30,15 @@ def _tables(name: str) -> Any:
 
 
 class Field:
-    """A numeric field of a word: where it lies and the functions of its rule."""
+    """A numeric field of a word: where it lies and the functions of its rule.
 
-    __slots__ = ("bottom", "fits", "mask", "meet", "rule", "shift", "width")
+    `unset` is the lowest bit of the number of the same word that holds where this one is 0, None of a field in
+    which 0 is a value like any other. Such a limit at or above that number is none, and its bottom is the number's.
+    """
 
-    def __init__(self, shift: int, width: int, rule: str) -> None:
+    __slots__ = ("bottom", "clear", "fits", "mask", "meet", "rule", "shift", "unset", "width")
+
+    def __init__(self, shift: int, width: int, rule: str, unset: int | None = None) -> None:
         functions = rules.RULES[rule]
         self.shift = shift
         self.width = width
@@ -42,7 +46,14 @@ class Field:
         self.rule = rule
         self.meet = functions.meet
         self.fits = functions.fits
-        self.bottom = functions.bottom(width)
+        self.clear = ~(self.mask << shift)
+        self.unset = unset
+        self.bottom = functions.bottom(width) if unset is None else 0
+
+    def limit(self, value: int) -> int:
+        """Of a limit that may be unset: what holds, in a word's value."""
+        most = value >> (self.unset or 0) & self.mask
+        return min(value >> self.shift & self.mask or most, most)
 
 
 class WordRules:
@@ -54,14 +65,15 @@ class WordRules:
 
     __slots__ = (
         "all_and", "and_mask", "bits_mask", "bottom", "fields", "follow", "hint_mask", "judged", "known",
-        "or_mask", "ranges", "unjudged", "word",
+        "limits", "or_mask", "ranges", "unjudged", "word",
     )  # fmt: skip
 
-    def __init__(self, row: tuple[str, int, int, int, tuple[tuple[int, int, str], ...], int, int]) -> None:
+    def __init__(self, row: tuple[str, int, int, int, tuple[tuple[Any, ...], ...], int, int]) -> None:
         self.word, self.and_mask, self.or_mask, self.hint_mask, fields, self.known, self.follow = row
         self.fields = tuple(Field(*field) for field in fields)
         # the fields whose value may contradict itself
         self.ranges = tuple(field for field in self.fields if field.rule in rules.RANGES)
+        self.limits = tuple(field for field in self.fields if field.unset is not None)
         self.all_and = not self.or_mask and not fields
         self.bits_mask = self.and_mask | self.or_mask | self.hint_mask
         self.judged = self.bits_mask
@@ -99,8 +111,8 @@ class Catalog:
     """The rules of one architecture: words by address, whole leaves, dependencies, constants."""
 
     __slots__ = (
-        "architecture", "built_on", "dependents", "equal_words", "leaves", "policy", "raised_bottoms",
-        "requirements", "words",
+        "architecture", "built_on", "dependents", "equal_words", "groups", "leaves", "limited", "policy",
+        "raised_bottoms", "requirements", "words",
     )  # fmt: skip
 
     def __init__(self, architecture: str) -> None:
@@ -119,6 +131,10 @@ class Catalog:
             for word, rule in self.words.items()
             if any(field.rule == rules.EQUAL for field in rule.fields)
         )
+        # words with a limit that may be unset
+        self.limited = tuple(rule for rule in self.words.values() if rule.limits)
+        # words that are equal together or dropped together: the one that is 0 only where all are, and the others
+        self.groups: tuple[tuple[str, tuple[str, ...]], ...] = tables.GROUPS
         self.leaves: dict[str, str] = tables.LEAVES
         # by the word that needs; as far as there is no circle, words come after the words they are built on
         needs: dict[str, list[Requirement]] = {}

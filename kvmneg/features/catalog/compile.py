@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 _WORD_KEYS = ("rule", "why")
 _TEXT_KEYS = ("title", "why", "withheld", "qemu", "linux", "libvirt", "vendor")
-_FEATURE_KEYS = frozenset(("bit", "bits", "rule", "requires", "value", *_TEXT_KEYS))
+_FEATURE_KEYS = frozenset(("bit", "bits", "rule", "requires", "value", "unset", "with", *_TEXT_KEYS))
 _REQUIREMENT = re.compile(r"(?P<absent>!?)(?P<name>[a-z0-9.-]+)(?:>=(?P<least>0x[0-9a-f]+|[1-9][0-9]*))?")
 _NAME = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
 _LEAF = r"(?:cpuid|hyperv):0x(?:0|[1-9a-f][0-9a-f]{0,7})"
@@ -116,6 +116,12 @@ def _check(feature: Feature, place: str, limit: int) -> None:
         raise CatalogError(f"{place}: a constant of policy has a value, and nothing else has")
     if rule == rules.POLICY and not 0 <= row["value"] < 1 << feature.width:
         raise CatalogError(f"{place}: the value does not fit its bits")
+    if (rule == rules.MINIMUM_NONZERO) != ("unset" in row):
+        raise CatalogError(
+            f"{place}: a limit that may be absent says what holds then (unset), and nothing else"
+        )
+    if "with" in row and (rule != rules.EQUAL_OR_DROP or feature.width != limit):
+        raise CatalogError(f"{place}: only a whole word that is equal or dropped is one value with another")
     if row.get("withheld") and rule != rules.AND:
         raise CatalogError(f"{place}: only an and-feature can be withheld")
 
@@ -135,6 +141,31 @@ class Tables:
         for name, feature in self.features.items():
             for text in feature.row.get("requires", ()):
                 self.requirement(name, text)
+            self.unset(feature)
+        self.groups = self._groups()
+
+    def unset(self, feature: Feature) -> tuple[int, ...]:
+        """The lowest bit of the number that holds where a limit is 0, as a tuple; none of other features."""
+        if "unset" not in feature.row:
+            return ()
+        base = self.features.get(feature.row["unset"])
+        if base is None or base[1:2] + base[3:5] != (feature.word, feature.width, rules.MINIMUM):
+            raise CatalogError(f"{feature.name}: unset is a minimum of the same word and width")
+        return (base.shift,)
+
+    def _groups(self) -> dict[str, tuple[str, ...]]:
+        """Words that are one value together, by the word that is 0 only where all are (`with` names it)."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for feature in self.features.values():
+            if "with" in feature.row:
+                base = self.features.get(feature.row["with"])
+                alike = base is not None and base.rule == feature.rule and base.width == feature.width
+                if base is None or not alike or "with" in base.row:
+                    raise CatalogError(f"{feature.name}: with is a word that is equal or dropped, by itself")
+                if feature.row.get("requires") != base.row.get("requires") or not feature.row.get("requires"):
+                    raise CatalogError(f"{feature.name}: it requires what {base.name} does: they go together")
+                groups[base.word] = (*groups.get(base.word, ()), feature.word)
+        return groups
 
     def _read(self, table: dict[str, Any]) -> None:
         for word, body in table.items():
@@ -185,7 +216,7 @@ def _following(feature: Feature) -> int:
     return feature.mask if twice or (number and requires) else 0
 
 
-def _word(word: str, features: list[Feature]) -> tuple[Any, ...]:
+def _word(tables: Tables, word: str, features: list[Feature]) -> tuple[Any, ...]:
     """One row of WORDS: the word, and-, or- and hint-mask, numbers, known bits, bits that follow."""
     masks = dict.fromkeys(rules.BITWISE, 0)
     numbers = []
@@ -193,15 +224,15 @@ def _word(word: str, features: list[Feature]) -> tuple[Any, ...]:
         if feature.rule in rules.BITWISE:
             masks[feature.rule] |= feature.mask
         elif feature.rule not in rules.UNMERGED:
-            numbers.append((feature.shift, feature.width, feature.rule))
+            numbers.append((feature.shift, feature.width, feature.rule, *tables.unset(feature)))
     known = sum(feature.mask for feature in features)
     follow = sum(map(_following, features))
     return word, masks[rules.AND], masks[rules.OR], masks[rules.HINT], tuple(numbers), known, follow
 
 
 def merging(tables: Tables) -> str:
-    """The module that merging needs: WORDS, LEAVES, REQUIRES, POLICY (see catalog/__init__.py)."""
-    words = [_word(word, features) for word, features in tables.words.items()]
+    """The module that merging needs: WORDS, LEAVES, REQUIRES, POLICY, GROUPS (see catalog/__init__.py)."""
+    words = [_word(tables, word, features) for word, features in tables.words.items()]
     policy = [
         (feature.word, feature.mask, feature.row["value"] << feature.shift)
         for feature in tables.features.values()
@@ -216,7 +247,10 @@ def merging(tables: Tables) -> str:
             needs[key] = needs.get(key, 0) | feature.mask
     requires = [(word, mask, *rest) for (word, *rest), mask in needs.items()]
     leaves = {leaf: rule for leaf, (rule, _why) in tables.leaves.items()}
-    return _module({"WORDS": words, "LEAVES": leaves, "REQUIRES": requires, "POLICY": policy})
+    groups = list(tables.groups.items())
+    return _module(
+        {"WORDS": words, "LEAVES": leaves, "REQUIRES": requires, "POLICY": policy, "GROUPS": groups}
+    )
 
 
 def _bases_first(tables: Tables) -> list[Feature]:
