@@ -68,7 +68,7 @@ def _show(screen: Screen, reports: Sequence[Report], met: FeatureSet, held: Sequ
     names = [
         feature.name
         for word in sorted(met.words, key=words.order)
-        for feature in table.at(word, met.words[word])
+        for feature in table.within(word, met.words[word])
         if feature.width == 1 and feature.rule != "or"
     ]
     screen.line(

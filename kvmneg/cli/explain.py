@@ -104,6 +104,9 @@ def find(table: Names, text: str) -> Feature:
         raise UsageError(error.message, hint="say a word and a bit: cpuid:0x7.0.ebx:5") from None
     if int(bit[:4]) >= words.width(word):
         raise UsageError(f"{word} has {words.width(word)} bits, counted from 0")
+    for control in table.controls.get(word, ()):
+        if int(bit) in (control.shift, control.number):  # both halves of the word tell of it
+            return control
     for feature in table.at(word, 1 << int(bit)):
         return feature
     rule = catalog.load(catalog.available()[0]).leaf_rule(word)

@@ -97,7 +97,7 @@ def describe(feature: Feature, report: Report | None) -> dict[str, Any]:
 
 
 def _value(feature: Feature, values: dict[str, int]) -> bool | int:
-    number = values.get(feature.word, 0) >> feature.shift & ((1 << feature.width) - 1)
+    number = feature.of(values.get(feature.word, 0))
     return bool(number) if feature.width == 1 else number
 
 

@@ -137,7 +137,7 @@ def _offered(screen: Screen, report: Report) -> None:
     found: dict[str, list[str]] = {group: [] for group, _ in _GROUPS}
     numbers: list[str] = []
     for word, value in sorted_words(report):
-        for feature in table.at(word, value):
+        for feature in table.within(word, value):
             if feature.rule == "or":
                 continue  # told to guests as a warning, not offered
             if feature.width == 1:

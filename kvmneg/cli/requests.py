@@ -67,7 +67,7 @@ def show_contract(screen: Screen, contract: Contract, fence: str = "none pinned"
     kinds["told of"] = []  # what the guest must know to be safe, not something it is given
     numbers = []
     for word, value in contract.words().items():
-        for feature in table.at(word, value):
+        for feature in table.within(word, value):
             if feature.width == 1:
                 kinds["told of" if feature.rule == "or" else _kind(word)].append(feature.name)
             elif feature.name in ("phys-bits", "linear-bits", "guest-phys-bits"):

@@ -6,14 +6,18 @@
       <msr index='0x10a' edx='0x00000000' eax='0x00000048'/>
     </cpudata>
 
-That is raw CPUID of one CPU, and the MSRs that were asked. The parser is expat, which tells the line; a
-document type, and so every entity, is refused.
+That is raw CPUID of one CPU, and the MSRs that were asked. Where libvirt wrote down what QEMU told it, a VMX
+control MSR holds QEMU's feature word (the controls that a guest hypervisor may choose), until libvirt 11 in the
+lower half. The parser is expat, which tells the line; a document type, and so every entity, is refused.
 """
 
 from __future__ import annotations
 
 from kvmneg.emit.imported import Measured, check_size, check_twice, hexadecimal, silicon_report
 from kvmneg.errors import BadInput
+from kvmneg.features import catalog as catalogs
+from kvmneg.features import words
+from kvmneg.features.catalog import controls
 from kvmneg.features.words import REGISTERS, brief
 
 TYPE_CHECKING = False
@@ -35,7 +39,20 @@ def read(data: bytes, measured: Measured) -> Report:
     check_size(data, measured.file)
     content = _Content(measured.file)
     content.parse(data)
-    return silicon_report([content.leaves], tool=SOURCE, note=NOTE, measured=measured, msrs=content.msrs)
+    msrs = {index: _control_word(index, value) for index, value in content.msrs.items()}
+    return silicon_report([content.leaves], tool=SOURCE, note=NOTE, measured=measured, msrs=msrs)
+
+
+def _control_word(index: int, value: int) -> int:
+    """The MSR's value, of whatever form it was: no CPU lacks a control of the default1 class, or has none at all."""
+    table = catalogs.names(words.X86_64)
+    default1 = table.default1.get(words.msr_word(index))
+    if default1 is None or not value:
+        return value
+    upper, lower = value >> controls.HALF, value & (1 << controls.HALF) - 1
+    if not upper:
+        return controls.value_of(lower, default1)
+    return value if upper & default1 == default1 else controls.value_of(upper, default1)
 
 
 class _Content:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvmneg.emit import qemu_vmx
 from kvmneg.errors import Blocked, UsageError
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
@@ -43,8 +44,6 @@ _DERIVED = (
 _LA57 = 1 << 16
 # What is no CPU property: QEMU asks KVM for capabilities, and for machine-check banks, itself.
 _OUTSIDE = ("kvm:", "tap:", "vhost-net:", "msr:0x179")
-# The VMX controls would have to follow from MSRs bit by bit; half a set would not be what was granted.
-_WHOLE_GROUPS = {"vmx": "its control MSRs have no property each here, and half a VMX is not what was granted"}
 # QEMU takes PDCM away in silence unless it gives the guest a PMU of its own choice (target/i386/cpu.c, leaf 1).
 _DROPPED = {"pdcm": "without a PMU QEMU takes it away, and its PMU is all of KVM's or none"}
 
@@ -56,6 +55,7 @@ UNKNOWN = "unknown"  # this build of QEMU does not know the name
 SHARED = "shared"  # QEMU's name stands for more than was granted
 OUTSIDE = "outside"  # no CPU property: QEMU asks KVM itself
 DERIVED = "derived"  # QEMU works it out from the rest: nothing is lost, and it is not listed
+_VMX_KINDS = {qemu_vmx.FOLLOWS: DERIVED, qemu_vmx.KVM: OUTSIDE, qemu_vmx.LOST: UNNAMED}
 
 
 class LeftOut(NamedTuple):
@@ -166,15 +166,11 @@ def family_model_stepping(signature: int) -> tuple[int, int, int]:
     return family, model, signature & 0xF
 
 
-def _value(feature: Feature, values: dict[str, int]) -> int:
-    return values.get(feature.word, 0) >> feature.shift & ((1 << feature.width) - 1)
-
-
 def _granted(values: dict[str, int]) -> Iterable[Feature]:
     """Every feature that has a value, in the order of addresses."""
     table = catalogs.names(words.X86_64)
     for word, value in values.items():
-        yield from table.at(word, value)
+        yield from table.within(word, value)
 
 
 def _properties(values: dict[str, int], known: frozenset[str] | None) -> tuple[dict[str, str], list[LeftOut]]:
@@ -182,6 +178,10 @@ def _properties(values: dict[str, int], known: frozenset[str] | None) -> tuple[d
     several = _names_of_several()
     granted = {feature.name: feature for feature in _granted(values)}
     reasons = {name: _why_not(feature, values, known, several) for name, feature in granted.items()}
+    for name, feature in granted.items():
+        base = qemu_vmx.without_base(feature, granted)
+        if base and not reasons[name][0]:
+            reasons[name] = UNNAMED, f"QEMU has it with {base} only, which is not granted"
     properties: dict[str, str] = {}
     left_out = []
     for name, feature in granted.items():
@@ -190,7 +190,7 @@ def _properties(values: dict[str, int], known: frozenset[str] | None) -> tuple[d
         if base:
             # enforce=on: QEMU refuses to start with a feature whose base it was not asked for
             kind, because = UNNAMED, f"it is built on {base}, which QEMU is not given"
-        number = _value(feature, values)
+        number = feature.of(values.get(feature.word, 0))
         if not kind:
             properties[feature.qemu] = (
                 "on" if feature.width == 1 else f"{number:#x}" if number >= 1 << 31 else str(number)
@@ -231,12 +231,18 @@ def _why_not(
     if feature.word.startswith(_OUTSIDE):
         return OUTSIDE, "QEMU asks KVM for it itself"
     if not feature.qemu:
-        return (DERIVED, "") if _follows(feature, values) else (UNNAMED, "QEMU has no property for it")
-    if feature.name in _WHOLE_GROUPS or feature.name in _DROPPED:
-        return UNNAMED, (_WHOLE_GROUPS | _DROPPED)[feature.name]
+        kind, because = qemu_vmx.treated(feature, values, known) or (
+            qemu_vmx.LOST,
+            "QEMU has no property for it",
+        )
+        return (DERIVED, "") if _follows(feature, values) else (_VMX_KINDS[kind], because)
+    if feature.name in _DROPPED:
+        return UNNAMED, _DROPPED[feature.name]
     if known is not None and feature.qemu not in known:
         return UNKNOWN, f"this QEMU does not know {feature.qemu}"
-    missing = [other.name for other in several.get(feature.qemu, ()) if not _value(other, values)]
+    missing = [
+        other.name for other in several.get(feature.qemu, ()) if not other.of(values.get(other.word, 0))
+    ]
     if missing:
         return SHARED, f"{feature.qemu} would also turn on {', '.join(missing)}, which is not granted"
     return "", ""
@@ -247,7 +253,9 @@ def _follows(feature: Feature, values: dict[str, int]) -> bool:
         letters = b"".join(values.get(word, 0).to_bytes(4, "little") for word in _VENDOR).decode("latin-1")
         return letters in _COPYING_VENDORS
     if feature.name == "linear-bits":  # 57 with la57, 48 else (QEMU target/i386/cpu.c, leaf 0x80000008)
-        return _value(feature, values) == (57 if values.get("cpuid:0x7.0.ecx", 0) & _LA57 else 48)
+        return feature.of(values.get(feature.word, 0)) == (
+            57 if values.get("cpuid:0x7.0.ecx", 0) & _LA57 else 48
+        )
     return feature.word.startswith(_DERIVED)
 
 
@@ -255,10 +263,11 @@ def _refuse_absent(properties: dict[str, str], values: dict[str, int], host: Fea
     """Raise Blocked for every property that QEMU would refuse on this host."""
     blockers = []
     for feature in _granted(values):
-        if feature.qemu not in properties or feature.width > 1 or feature.rule not in rules.BITWISE:
+        bit = feature.rule in rules.BITWISE or feature.is_bit
+        if feature.qemu not in properties or feature.width > 1 or not bit:
             continue
         bottom_is_set = feature.rule == rules.OR and feature.word not in host.words
-        if bottom_is_set or not host.value(feature.word) & feature.mask:
+        if bottom_is_set or not feature.of(host.value(feature.word)):
             because = f"QEMU with enforce=on refuses {feature.qemu}, which this host does not have"
             blockers.append(
                 Blocker(

@@ -5,8 +5,8 @@
 
 The properties' names are the catalogue's; one name can stand for several bits (kvmclock). Of the model `host`
 under KVM that is KVM's set joined with QEMU's, met with what QEMU knows. QEMU tells no capabilities, no VMX
-controls in full and no XSAVE layout: components follow from the features that use them, and their layout is
-the vendor's usual one.
+revision and no XSAVE layout: components follow from the features that use them, and their layout is the vendor's
+usual one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from kvmneg.emit.elements import Element
 from kvmneg.emit.imported import SUPPORTED, Measured, identity
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
+from kvmneg.features.catalog import controls
 from kvmneg.features.report import Report
 
 TYPE_CHECKING = False
@@ -65,6 +66,7 @@ def read(data: bytes, measured: Measured) -> Report:
         element = properties.get(feature.qemu) if feature.qemu else None
         if element is not None:
             offer[feature.word] = offer.get(feature.word, 0) | _value(feature, element) << feature.shift
+    _vmx_controls(properties, offer)
     who = identity(offer)
     offer |= _xsave(properties, amd=who["vendor"] in _AMD)
     return Report(
@@ -74,6 +76,19 @@ def read(data: bytes, measured: Measured) -> Report:
         identity=who,
         offer=offer,
     )
+
+
+def _vmx_controls(properties: dict[str, Element], offer: dict[str, int]) -> None:
+    """Make the words of the controls that are set so far: as QEMU does (kvm_msr_entry_add_vmx), with the fixed ones."""
+    table = catalogs.names(words.X86_64)
+    if "lm" in properties and properties["lm"].value is True:
+        size = table.by_name["vmx-exit-host-addr-space-size"]
+        if offer.get(size.word):
+            offer[size.word] |= size.mask
+    for word in table.controls:
+        found = offer.pop(word, 0)
+        if found:
+            offer[word] = controls.value_of(found >> controls.HALF, table.default1[word])
 
 
 def _value(feature: Feature, element: Element) -> int:

@@ -312,7 +312,12 @@ def fits(
     for word, ours, theirs, unfit in sorted(_unfit_words(guest, host), key=lambda row: words.order(row[0])):
         for feature in table.at(word, unfit):
             values = feature.of(ours), feature.of(theirs)
-            blockers.append(Blocker.of_feature(feature, values, missing_on, cause))
+            if word in table.controls:
+                from kvmneg.features.catalog import controls  # few guests have nested VMX
+
+                blockers += controls.unfit(feature, table.controls[word], values, missing_on, cause)
+            else:
+                blockers.append(Blocker.of_feature(feature, values, missing_on, cause))
     blockers += (
         Blocker.of_conflict(conflict, missing_on) for conflict in (*guest.conflicts, *host.conflicts)
     )
@@ -331,6 +336,11 @@ def diff(a: FeatureSet, b: FeatureSet) -> tuple[Difference, ...]:
     for word in sorted({*a.words, *b.words}, key=words.order):
         ours, theirs = a.value(word), b.value(word)
         for feature in table.at(word, ours ^ theirs) if ours != theirs else ():
+            if word in table.controls:
+                from kvmneg.features.catalog import controls  # as in fits
+
+                found += controls.differing(feature, table.controls[word], ours, theirs)
+                continue
             place = feature.name, word, feature.shift, feature.width, feature.rule
             found.append(Difference(*place, feature.of(ours), feature.of(theirs)))
     return tuple(found)

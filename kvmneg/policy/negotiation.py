@@ -214,8 +214,10 @@ class _Wanted:
                 everything = self.maximum and not base.word.startswith(_ASKED_FOR)
                 if name not in seen and not everything:
                     seen.add(name)
-                    queue.append((base, name if base.is_bit else wanting))
-                    if base.is_bit:
+                    # a single VMX control comes along with its word, but where a request is all there is
+                    named = base.is_bit and not (base.whole and self.request.exact is None)
+                    queue.append((base, name if named else wanting))
+                    if named:
                         lacking[name] = wanting
         if lacking:
             base_name, feature_name = next(iter(lacking.items()))
@@ -248,6 +250,16 @@ def _distinct(features: Iterable[Feature]) -> list[Feature]:
     return list({feature.name: feature for feature in features}.values())
 
 
+def _keep_named_controls(wanted: _Wanted, values: dict[str, int]) -> None:
+    """Of VMX control words, which come whole, only the controls that were asked for."""
+    from kvmneg.features.catalog import controls  # few guests have nested VMX
+
+    chosen = {feature.name for feature in wanted.required}
+    for word, named in wanted.names.controls.items():
+        keep = sum(1 << control.number for control in named if control.name in chosen)
+        values[word] = controls.only(values[word], keep, wanted.names.default1[word])
+
+
 def _select(wanted: _Wanted, top: FeatureSet) -> FeatureSet:
     """The part of the ceiling that a request gets, canonical."""
     chosen = wanted.chosen()
@@ -271,6 +283,8 @@ def _select(wanted: _Wanted, top: FeatureSet) -> FeatureSet:
         for field in rule.fields:
             if not given >> field.shift & field.mask:
                 values[word] |= field.bottom << field.shift
+    if wanted.request.exact is not None:
+        _keep_named_controls(wanted, values)
     for number, most, feature in wanted.at_most:
         if not feature.of(values[feature.word]) and number.of(values[number.word]) > most:
             values[number.word] = values[number.word] & ~number.mask | most << number.shift

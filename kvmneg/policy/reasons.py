@@ -153,8 +153,9 @@ def _layer(feature: Feature, report: Report, offered: int) -> str:
 
 def _held_back(feature: Feature, report: Report) -> tuple[str, str]:
     """(cause, because) of a feature that the host does not offer."""
-    if _measured(feature, report):
-        return _dropped(feature, report)
+    found = _on_the_way(feature, report)
+    if found is not None:
+        return found
     has = feature.of(report.silicon_words.get(feature.word, 0)) if report.silicon_words else None
     if has == 0 and feature.word.startswith("cpuid:"):
         return "silicon", "the CPU does not have it"
@@ -167,6 +168,15 @@ def _held_back(feature: Feature, report: Report) -> tuple[str, str]:
     if has is None:
         return "unknown", "the host does not offer it; its silicon was not measured"
     return _of_software(feature, report) or ("kvm", f"the CPU has it; KVM of {kernel} does not offer it")
+
+
+def _on_the_way(feature: Feature, report: Report) -> tuple[str, str] | None:
+    """Why the offer does not have what was measured, or has it as what nobody may choose."""
+    if _measured(feature, report):
+        return _dropped(feature, report)
+    if feature.whole and feature.mask >> 32 & report.offer.value(feature.word):
+        return "kvm", "must be 1 there: a hypervisor in the guest has no choice"
+    return None
 
 
 def _parameter(feature: Feature, report: Report, has: bool) -> str:

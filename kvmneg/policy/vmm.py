@@ -191,7 +191,7 @@ def _changes(
         if feature.withheld:
             rule = {"because": feature.withheld, "source": "kvmneg's catalogue: withheld"}
             yield _change(feature, TAKEN, rule)
-        elif feature.rule in (rules.AND, rules.HINT) and not _can_say(feature, named):
+        elif feature.is_bit and not _can_say(feature, named):
             yield _change(feature, TAKEN, named)
 
 
@@ -223,7 +223,11 @@ def _matters(feature: Feature, what: str, row: Mapping[str, Any], host: Report) 
 
 def _can_say(feature: Feature, named: Mapping[str, Any]) -> bool:
     """Whether the VMM has a name for a feature, or needs none."""
-    if not named or feature.word.startswith(tuple(named["besides"])):
+    if (
+        not named
+        or feature.word.startswith(tuple(named["besides"]))
+        or feature.name in named.get("follows", ())
+    ):
         return True
     return bool(getattr(feature, named["tool"]))
 
@@ -249,5 +253,5 @@ def _changed(
         if change.what not in kinds or (change.what == ALLOWED and feature.rule == rules.OR):
             continue
         value = found.get(change.word, 0)
-        found[change.word] = value & ~feature.mask if change.what in _AWAY else value | feature.mask
+        found[change.word] = feature.taken_from(value) if change.what in _AWAY else feature.given_to(value)
     return found

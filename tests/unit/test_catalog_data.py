@@ -16,7 +16,7 @@ TABLES = sorted((HERE.parents[1] / "kvmneg" / "features" / "catalog" / "x86").gl
 MASKS = HERE.parents[1] / "kvmneg" / "data" / "x86_kvm_masks.json"
 FEATURE_KEYS = {
     "bit", "bits", "rule", "requires", "title", "why", "withheld", "value", "qemu", "linux", "libvirt",
-    "vendor", "unset", "with",
+    "vendor", "unset", "with", "default1",
 }  # fmt: skip
 MERGED = {
     "and", "or", "hint", "minimum", "minimum-nonzero", "maximum", "equal", "equal-or-drop", "lowest",
@@ -124,10 +124,24 @@ def _tables() -> tuple[list[Row], dict[str, dict[str, Any]]]:
             if not entries:
                 leaves[word] = body
             for name, entry in entries.items():
+                if name == "controls":
+                    continue
                 high, _, low = str(entry.get("bits", entry.get("bit"))).partition(":")
                 rule = entry.get("rule", body.get("rule"))
                 rows.append(Row(name, word, int(low or high), int(high), rule, entry))
     return rows, leaves
+
+
+@cache
+def _controls() -> list[Row]:
+    """The single controls of VMX control words: their bit is that of the half that says what may be 1."""
+    rows = []
+    for path in TABLES:
+        for word, body in tomllib.loads(path.read_text("utf-8")).items():
+            for name, entry in body.get("controls", {}).items():
+                bit = 32 + entry["bit"]
+                rows.append(Row(name, word, bit, bit, "vmx-controls", entry))
+    return rows
 
 
 def _known_bits() -> dict[str, int]:
@@ -140,10 +154,11 @@ def _known_bits() -> dict[str, int]:
 def _unclassified(word: str, mask: int) -> int:
     """The bits of `mask` that no table classifies."""
     known, leaves = _known_bits(), _tables()[1]
-    if word in known:
-        return mask & ~known[word]
+    left = mask & ~known.get(word, 0)
+    if not left or word.startswith("msr:"):
+        return left
     leaf, subleaf, _register = word.split(".")
-    return 0 if leaf in leaves or f"{leaf}.{subleaf}" in leaves else mask
+    return 0 if leaf in leaves or f"{leaf}.{subleaf}" in leaves else left
 
 
 def test_there_are_tables() -> None:
@@ -154,7 +169,8 @@ def test_there_are_tables() -> None:
 
 
 def test_a_name_means_one_feature() -> None:
-    assert [name for name, count in Counter(row.name for row in _tables()[0]).items() if count > 1] == []
+    names = Counter(row.name for row in (*_tables()[0], *_controls()))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_names_are_written_alike() -> None:
@@ -176,6 +192,11 @@ def _flaws(row: Row) -> list[str]:
 
 def test_entries_are_complete() -> None:
     assert [flaw for row in _tables()[0] for flaw in _flaws(row)] == []
+    for row in _controls():
+        assert set(row.entry) <= FEATURE_KEYS - {"bits", "rule", "value", "default1", "why", "withheld"}, (
+            row.name
+        )
+        assert row.entry["title"].strip() and 32 <= row.low < 64, row.name
 
 
 def test_whole_leaves_are_what_no_pool_merges() -> None:
@@ -193,7 +214,7 @@ def test_a_bit_belongs_to_one_feature() -> None:
 
 
 def test_what_a_feature_requires_exists() -> None:
-    rows = {row.name: row for row in _tables()[0]}
+    rows = {row.name: row for row in (*_tables()[0], *_controls())}
     for row in rows.values():
         for text, base in zip(row.entry.get("requires", ()), row.bases(), strict=True):
             assert base in rows, f"{row.name} requires {text}"
@@ -216,6 +237,8 @@ def _reach(bases: dict[str, list[str]], start: str) -> set[str]:
 
 def test_only_declared_groups_need_each_other() -> None:
     bases = {row.name: row.bases() for row in _tables()[0]}
+    whole = {row.word: row.name for row in _tables()[0] if row.rule == "vmx-controls"}
+    bases |= {row.name: [whole[row.word], *row.bases()] for row in _controls()}
     above = {name: _reach(bases, name) for name in bases}
     cycles = {
         frozenset(other for other in above[name] if name in above[other])
@@ -258,7 +281,8 @@ def test_equal_words_are_whole() -> None:
 
 def test_a_name_of_qemu_is_our_name() -> None:
     """Except where one property of QEMU stands for several bits, or for one bit that has another's name."""
-    rows = [row for row in _tables()[0] if row.word.startswith(("cpuid:", "msr:")) and "qemu" in row.entry]
+    every = (*_tables()[0], *_controls())
+    rows = [row for row in every if row.word.startswith(("cpuid:", "msr:")) and "qemu" in row.entry]
     count = Counter(row.entry["qemu"] for row in rows)
     assert {row.name for row in rows if row.name != row.entry["qemu"]} == {
         "kvmclock-old", "vmx-invvpid-single-context", "vmx-invvpid-single-context-noglobals",

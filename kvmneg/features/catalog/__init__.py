@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from kvmneg.features.catalog.controls import Control
+
 
 # a value of these can contradict itself: nothing lies between its two ends
 _RANGES = frozenset((rules.VERSION_RANGE, rules.VMX_CONTROLS))
@@ -213,6 +215,19 @@ class Feature:
         return self.rule in (rules.AND, rules.HINT)
 
     @property
+    def whole(self) -> str:
+        """Of a single control the name of the word that it is a part of (controls.py), "" else."""
+        return ""
+
+    def given_to(self, value: int) -> int:
+        """A word's value with this feature in it."""
+        return value | self.mask
+
+    def taken_from(self, value: int) -> int:
+        """A word's value without this feature."""
+        return value & ~self.mask
+
+    @property
     def bases(self) -> Iterator[tuple[str, int]]:
         """What it is built on: (name, least value), 0 for an or-feature that must be clear."""
         for text in self.requires:
@@ -221,9 +236,13 @@ class Feature:
 
 
 class Names:
-    """All features of one architecture by name, by alias, and by place: a word's lowest bit first."""
+    """All features of one architecture by name, by alias, and by place: a word's lowest bit first.
 
-    __slots__ = ("by_alias", "by_name", "by_place")
+    `controls` are the single controls of words that merge whole; by place there is such a word only. `default1` are the
+    controls of each such word that are 1 where they are not offered.
+    """
+
+    __slots__ = ("by_alias", "by_name", "by_place", "controls", "default1")
 
     def __init__(self, architecture: str) -> None:
         tables = _tables(f"{architecture}_names")
@@ -232,10 +251,24 @@ class Names:
         self.by_alias: dict[str, list[Feature]] = {}
         for feature in self.by_name.values():
             self.by_place.setdefault(feature.word, []).append(feature)
+        self.default1: dict[str, int] = tables.DEFAULT1
+        self.controls = self._controls(tables.CONTROLS)
+        for feature in self.by_name.values():
             for alias in {feature.qemu, feature.linux, feature.libvirt, feature.vendor} - {"", feature.name}:
                 self.by_alias.setdefault(alias, []).append(feature)
         for features in self.by_place.values():
             features.sort(key=lambda feature: feature.shift)
+
+    def _controls(self, rows: tuple[tuple[Any, ...], ...]) -> dict[str, tuple[Control, ...]]:
+        """The single controls by word, put among the names."""
+        from kvmneg.features.catalog.controls import Control  # built on Feature, which is here
+
+        found: dict[str, tuple[Control, ...]] = {}
+        for row in rows:
+            control = Control(row, self.default1[row[1]])
+            found[control.word] = (*found.get(control.word, ()), control)
+            self.by_name[control.name] = control
+        return found
 
     def feature(self, name: str) -> Feature:
         """The feature of that name or unambiguous alias; raises UsageError with what is near it."""
@@ -261,6 +294,13 @@ class Names:
         for feature in self.by_place.get(word, ()):
             if feature.mask & mask:
                 yield feature
+
+    def within(self, word: str, value: int) -> Iterator[Feature]:
+        """The features that a word's value has: those of its bits, and the single controls that it offers."""
+        yield from self.at(word, value)
+        for control in self.controls.get(word, ()):
+            if control.of(value):
+                yield control
 
 
 _catalogs: dict[str, Catalog] = {}

@@ -18,9 +18,9 @@ import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_WORD_KEYS = ("rule", "why")
+_WORD_KEYS = ("rule", "why", "controls")
 _TEXT_KEYS = ("title", "why", "withheld", "qemu", "linux", "libvirt", "vendor")
-_FEATURE_KEYS = frozenset(("bit", "bits", "rule", "requires", "value", "unset", "with", *_TEXT_KEYS))
+_FEATURE_KEYS = frozenset(("bit", "bits", "rule", "requires", "value", "unset", "with", "default1", *_TEXT_KEYS))
 _REQUIREMENT = re.compile(r"(?P<absent>!?)(?P<name>[a-z0-9.-]+)(?:>=(?P<least>0x[0-9a-f]+|[1-9][0-9]*))?")
 _NAME = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
 _LEAF = r"(?:cpuid|hyperv):0x(?:0|[1-9a-f][0-9a-f]{0,7})"
@@ -122,8 +122,22 @@ def _check(feature: Feature, place: str, limit: int) -> None:
         )
     if "with" in row and (rule != rules.EQUAL_OR_DROP or feature.width != limit):
         raise CatalogError(f"{place}: only a whole word that is equal or dropped is one value with another")
+    if "default1" in row and (rule != rules.VMX_CONTROLS or not 0 <= row["default1"] < 1 << 32):
+        raise CatalogError(f"{place}: only of VMX controls some are 1 where they are not offered, of 32")
     if row.get("withheld") and rule != rules.AND:
         raise CatalogError(f"{place}: only an and-feature can be withheld")
+
+
+def _control(word: str, name: str, row: Any) -> Feature:
+    """One control of a word: the bit that says that it may be 1 (Intel SDM vol. 3D A.2), whatever it merges by."""
+    place = f"{word} {name}"
+    if not isinstance(row, dict) or not _NAME.fullmatch(name):
+        raise CatalogError(f"{place}: a control is a lower-case name with a table")
+    unknown = set(row) - {"bit", "requires", *_TEXT_KEYS}
+    if unknown:
+        raise CatalogError(f"{place}: unknown keys {sorted(unknown)}")
+    shift, _width = _bits(place, {"bit": row.get("bit")}, 32)
+    return Feature(name, word, 32 + shift, 1, rules.VMX_CONTROLS, row)
 
 
 class Tables:
@@ -133,12 +147,13 @@ class Tables:
         self.features: dict[str, Feature] = {}
         self.leaves: dict[str, tuple[str, str]] = {}
         self.words: dict[str, list[Feature]] = {}
+        self.controls: dict[str, Feature] = {}
         for path in sorted(paths):
             try:
                 self._read(tomllib.loads(path.read_text("utf-8")))
             except (CatalogError, tomllib.TOMLDecodeError) as error:
                 raise CatalogError(f"{path.name}: {error}") from None
-        for name, feature in self.features.items():
+        for name, feature in (self.features | self.controls).items():
             for text in feature.row.get("requires", ()):
                 self.requirement(name, text)
             self.unset(feature)
@@ -176,6 +191,8 @@ class Tables:
             if rows:
                 for name, row in rows.items():
                     self._add(_feature(word, name, row, default))
+                for name, row in body.get("controls", {}).items():
+                    self._add_control(_control(word, name, row))
             elif default not in rules.UNMERGED:
                 raise CatalogError(f"{word}: a whole leaf must be one of {sorted(rules.UNMERGED)}")
             elif word in self.leaves:
@@ -183,8 +200,21 @@ class Tables:
             else:
                 self.leaves[word] = (str(default), body.get("why", ""))
 
+    def _add_control(self, control: Feature) -> None:
+        if [one.rule for one in self.words[control.word]] != [rules.VMX_CONTROLS]:
+            raise CatalogError(f"{control.word}: only a word of the rule {rules.VMX_CONTROLS} has controls")
+        if any((one.word, one.shift) == (control.word, control.shift) for one in self.controls.values()):
+            raise CatalogError(f"{control.word} {control.name}: its bit is another control's too")
+        if control.name in self.controls or control.name in self.features:
+            raise CatalogError(f"{control.name} is used for two features")
+        self.controls[control.name] = control
+
+    def whole(self, feature: Feature) -> Feature:
+        """What merges: of a control the whole word that it is a bit of."""
+        return self.words[feature.word][0] if feature.name in self.controls else feature
+
     def _add(self, feature: Feature) -> None:
-        if feature.name in self.features:
+        if feature.name in self.features or feature.name in self.controls:
             raise CatalogError(f"{feature.name} is used for two features")
         row = self.words.setdefault(feature.word, [])
         if any(other.mask & feature.mask for other in row):
@@ -195,7 +225,7 @@ class Tables:
     def requirement(self, name: str, text: str) -> tuple[Feature, int]:
         """What `name` needs: the base and the least value it must have (0: an or-bit that is clear)."""
         match = _REQUIREMENT.fullmatch(text)
-        base = self.features.get(match["name"]) if match else None
+        base = self.features.get(match["name"]) or self.controls.get(match["name"]) if match else None
         if match is None or base is None:
             raise CatalogError(f"{name} requires {text!r}, which is no feature")
         if bool(match["absent"]) != (base.rule == rules.OR):
@@ -232,7 +262,12 @@ def _word(tables: Tables, word: str, features: list[Feature]) -> tuple[Any, ...]
 
 def merging(tables: Tables) -> str:
     """The module that merging needs: WORDS, LEAVES, REQUIRES, POLICY, GROUPS (see catalog/__init__.py)."""
-    words = [_word(tables, word, features) for word, features in tables.words.items()]
+    # a word of a whole leaf that is only recorded has names, and no more
+    words = [
+        _word(tables, word, features)
+        for word, features in tables.words.items()
+        if word.partition(".")[0] not in tables.leaves or any(one.rule != rules.REPORTED for one in features)
+    ]
     policy = [
         (feature.word, feature.mask, feature.row["value"] << feature.shift)
         for feature in tables.features.values()
@@ -263,7 +298,7 @@ def _bases_first(tables: Tables) -> list[Feature]:
             return
         open_names.add(feature.name)
         for text in feature.row.get("requires", ()):
-            place(tables.requirement(feature.name, text)[0])
+            place(tables.whole(tables.requirement(feature.name, text)[0]))
         placed[feature.name] = feature
 
     for feature in tables.features.values():
@@ -272,17 +307,26 @@ def _bases_first(tables: Tables) -> list[Feature]:
 
 
 def naming(tables: Tables) -> str:
-    """The module of names: FEATURES, a row each (see catalog/__init__.py Feature), and LEAF_REASONS."""
-    rows = [
-        (
-            *feature[:5],
-            tuple(feature.row.get("requires", ())),
-            *(feature.row.get(key, "") for key in _TEXT_KEYS),
-        )
-        for feature in tables.features.values()
-    ]
-    reasons = {leaf: why for leaf, (_rule, why) in tables.leaves.items()}
-    return _module({"FEATURES": rows, "LEAF_REASONS": reasons})
+    """The module of names: FEATURES and CONTROLS, a row each (see catalog/__init__.py), DEFAULT1, and LEAF_REASONS."""
+
+    def row(feature: Feature) -> tuple[Any, ...]:
+        # a control is nothing without its word
+        word = (tables.whole(feature).name,) if feature.name in tables.controls else ()
+        needs = (*word, *feature.row.get("requires", ()))
+        return (*feature[:5], needs, *(feature.row.get(key, "") for key in _TEXT_KEYS))
+
+    return _module(
+        {
+            "FEATURES": [row(feature) for feature in tables.features.values()],
+            "CONTROLS": [row(control) for control in tables.controls.values()],
+            "DEFAULT1": {
+                feature.word: feature.row.get("default1", 0)
+                for feature in tables.features.values()
+                if feature.rule == rules.VMX_CONTROLS
+            },
+            "LEAF_REASONS": {leaf: why for leaf, (_rule, why) in tables.leaves.items()},
+        }
+    )
 
 
 def _module(values: dict[str, Any]) -> str:
