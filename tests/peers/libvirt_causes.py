@@ -64,14 +64,14 @@ class Difference(NamedTuple):
 
     @property
     def name(self) -> str:
-        return " ".join(one.name for one in NAMES.at(self.word, 1 << self.bit))
+        return " ".join(one.name for one in NAMES.within(self.word, 1 << self.bit) if one.shift == self.bit)
 
 
 def compared(cpu_map: CpuMap) -> Iterator[tuple[str, Feature]]:
     """The names of libvirt's map with the features of the catalogue that are the same bits, and merge."""
     for name, places in cpu_map.places.items():
         for word, mask in places.items():
-            for feature in NAMES.at(word, mask):
+            for feature in NAMES.within(word, mask):
                 if feature.mask == mask and feature.rule not in rules.UNMERGED:
                     yield name, feature
 
@@ -92,7 +92,7 @@ def differences(
 
 
 def _has(values: dict[str, int], feature: Feature) -> bool:
-    return values.get(feature.word, 0) & feature.mask == feature.mask
+    return feature.of(values.get(feature.word, 0)) == feature.of(feature.mask)
 
 
 def _gained(name: str, feature: Feature, hosts: Sequence[Host]) -> str:

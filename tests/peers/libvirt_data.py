@@ -46,7 +46,11 @@ class CpuMap:
                         yield words.cpuid_word(leaf, subleaf, register), int(item.attrib[register], 16)
             elif item.tag == "msr":
                 low, high = (int(item.get(name, "0"), 16) for name in ("eax", "edx"))
-                yield words.msr_word(int(item.attrib["index"], 16)), high << 32 | low
+                word = words.msr_word(int(item.attrib["index"], 16))
+                if word in NAMES.controls and not high:
+                    # until libvirt 12 a VMX control is where QEMU's feature word has it, not the MSR: by its number
+                    low, high = 0, low
+                yield word, high << 32 | low
 
     def expand(self, name: str) -> set[str]:
         """A model's features. What a later libvirt added to a model, or removed, is not assumed of a CPU."""
@@ -99,7 +103,7 @@ class CpuMap:
 
     def names(self, values: dict[str, int]) -> frozenset[str]:
         """libvirt's names, as the catalogue has them, of the bits that are set in our words."""
-        features = (feature for word, value in values.items() for feature in NAMES.at(word, value))
+        features = (feature for word, value in values.items() for feature in NAMES.within(word, value))
         return frozenset(feature.libvirt for feature in features if feature.libvirt in self.places)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from kvmneg.errors import VmmFault
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
-from kvmneg.features.catalog import Feature
+from kvmneg.features.catalog import Feature, controls
 from kvmneg.features.featureset import Blocker, FeatureSet, fits
 from kvmneg.host.qemu_probe import Build, Monitor
 from kvmneg.policy.vmm import Through, refused
@@ -21,7 +21,7 @@ from kvmneg.policy.vmm import Through, refused
 Place = tuple[str, int]
 
 SECONDS = 30.0  # for some 200 expansions, each a few milliseconds
-_QUIET = ("-S", "-nodefaults", "-no-user-config", "-display", "none", "-serial", "none", "-qmp", "stdio")
+QUIET = ("-S", "-nodefaults", "-no-user-config", "-display", "none", "-serial", "none", "-qmp", "stdio")
 # What QEMU gives a guest besides the named bits, worked out from them: XSAVE layout, AMX tile shapes, the
 # CLFLUSH line. And what it asks KVM for by itself. A model does not name these, and they are no reason against it.
 _WORKED_OUT = ("cpuid:0xd.", "cpuid:0x1d.", "cpuid:0x1e.", "cpuid:0x1.0.ebx", "kvm:")
@@ -43,7 +43,7 @@ def ask(build: Build, seen: Through) -> Answers:
     """
     supposed = dict.fromkeys(change.needs for change in seen.changes if change.needs)
     machine = ",".join((build.machine, *supposed))
-    with Monitor([build.path, "-machine", machine, "-accel", "kvm", *_QUIET], SECONDS) as monitor:
+    with Monitor([build.path, "-machine", machine, "-accel", "kvm", *QUIET], SECONDS) as monitor:
         listed = monitor.ask("query-cpu-definitions")
         unavailable = {row["name"]: frozenset(row.get("unavailable-features", ())) for row in listed}
         properties = {name: _expanded(monitor, name) for name in unavailable}
@@ -108,6 +108,10 @@ def model_set(properties: Mapping[str, Any]) -> FeatureSet:
             asked = int(value) if isinstance(value, int) else 0
             if asked > 0:
                 values[feature.word] = values.get(feature.word, 0) | (asked << feature.shift & feature.mask)
+    names = catalogs.names(words.X86_64)
+    for word, default1 in names.default1.items():
+        # as QEMU makes them of the controls that a model has: kvm_msr_entry_add_vmx
+        values[word] = controls.value_of(values.get(word, 0) >> controls.HALF, default1)
     return FeatureSet.of(words.X86_64, values)
 
 
@@ -118,7 +122,7 @@ def blockers(properties: Mapping[str, Any], seen: Through) -> set[Place]:
     asked = requested(properties)
     no = [
         # that a host has a weakness which the guest was not told of is our judgement, and none of QEMU's business
-        *(one for one in fits(guest, seen.report.accept) if _rule(one) == rules.AND),
+        *(one for one in fits(guest, seen.report.accept) if _rule(one) in (rules.AND, rules.VMX_CONTROLS)),
         *refused(guest, seen, "the model"),
     ]
     found = (table.by_name[one.feature] for one in no)
@@ -135,7 +139,7 @@ def has(offer: FeatureSet, feature: Feature) -> bool:
     if feature.rule == rules.POLICY:
         constants = catalogs.load(words.X86_64).policy
         return any(word == feature.word and value & feature.mask for word, _, value in constants)
-    return bool(offer.words.get(feature.word, 0) & feature.mask)
+    return bool(feature.of(offer.words.get(feature.word, 0)))
 
 
 def host_differences(properties: Mapping[str, Any], offer: FeatureSet) -> set[Place]:
@@ -148,7 +152,7 @@ def host_differences(properties: Mapping[str, Any], offer: FeatureSet) -> set[Pl
     for name, features in NAMED.items():
         if not isinstance(properties.get(name), bool) or features[0].word.startswith(_OPT_IN):
             continue
-        if all(one.width == 1 and one.rule in compared for one in features):
+        if all(one.width == 1 and (one.rule in compared or one.whole) for one in features):
             ours = all(has(offer, one) for one in features)
             if ours != properties[name]:
                 found.add(place(features[0]))

@@ -8,6 +8,8 @@ qemu_differences.txt. Versions that are not installed are unpacked beside (tests
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -17,11 +19,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from kvmneg.emit import qemu
 from kvmneg.errors import NoKvm
+from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
 from kvmneg.host import qemu_probe
 from kvmneg.host.measure import measure
 from kvmneg.host.qemu_probe import Build
+from kvmneg.policy.contract import Contract
 from kvmneg.policy.vmm import Through, through
 
 HERE = Path(__file__).parent
@@ -207,6 +212,52 @@ def test_a_lost_bit_would_show(judged: Callable[[str], Judged], report: Report) 
     assert (word, bit) in qemu_live.blockers(properties, seen)
     assert (word, bit) not in qemu_live.blockers(properties, found.seen)
     assert (word, bit) in qemu_live.host_differences(found.answers.properties["host"], seen.report.offer)
+
+
+def _complaints(program: str, machine: str, cpu: str) -> str:
+    """What a QEMU that emulates says of a CPU before it ends: TCG has no VMX, and QEMU names each bit that it drops."""
+    command = [program, "-machine", machine, "-accel", "tcg", *qemu_live.QUIET, "-cpu", cpu]
+    talk = b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
+    done = subprocess.run(command, input=talk, capture_output=True, timeout=qemu_live.SECONDS, check=False)
+    said = done.stderr.decode()
+    assert done.returncode == 0, said
+    return said
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_vmx_property_has_the_place_that_qemu_tells(version: str, tmp_path: Path) -> None:
+    """With every property on, at the MSR and bit that QEMU's own warnings name; a control's bit is its number."""
+    program = _path(version, tmp_path)
+    build = qemu_probe.probe(program)
+    names = {name for name in build.properties if name.startswith("vmx-")}
+    assert len(names) >= 88, "QEMU 7.2 has so many"
+    assert names <= set(qemu_live.NAMED)
+    cpu = ",".join(["base", "vmx=on", *(f"{name}=on" for name in sorted(names))])
+    said = _complaints(program, build.machine, cpu)
+    told = re.findall(r"MSR\(([0-9A-F]+)[hH]\)\.(\S+) \[bit (\d+)\]", said)
+    assert {(f"msr:{int(index, 16):#x}", int(bit), name) for index, name, bit in told} == {
+        (one.word, one.shift - 32 if one.whole else one.shift, name)
+        for name in names
+        for one in qemu_live.NAMED[name]
+    }
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_contract_with_vmx_is_parsed_and_complete_in_itself(version: str, tmp_path: Path) -> None:
+    """No property that this QEMU does not know, and none whose base it was not given: with enforce=on it would end."""
+    program = _path(version, tmp_path)
+    build = qemu_probe.probe(program)
+    recorded = HERE.parent / "unit/data/intel-ice-lake.json"
+    host = Report.loads(recorded.read_bytes(), file=recorded.name)
+    offer = through(host, f"qemu-{version}").report.offer
+    # Hyper-V's are KVM's only: QEMU 7.2 ends for want of it
+    values = {word: value for word, value in offer.words.items() if not word.startswith("hyperv:")}
+    granted = Contract(FeatureSet.of(host.architecture, values))
+    cpu = qemu.emit(granted, build.machine, known=build.properties).cpu
+    assert "vmx=on" in cpu.split(",") and cpu.endswith(",enforce=on")
+    said = _complaints(program, build.machine, cpu.removesuffix(",enforce=on"))
+    assert "vmx-ept [bit 1]" in said, "TCG has no EPT"
+    assert [line for line in said.splitlines() if "depends on other features" in line] == []
 
 
 def test_every_listed_difference_is_of_a_version_and_a_bit_that_are_compared() -> None:
