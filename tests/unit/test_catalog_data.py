@@ -290,6 +290,35 @@ def test_a_name_of_qemu_is_our_name() -> None:
     assert {name for name, times in count.items() if times > 1} == {"kvmclock", "vmx-invept-single-context"}
 
 
+def test_every_name_of_vmx_that_qemu_and_libvirt_have_is_at_its_bit() -> None:
+    """libvirt's differ from QEMU's where QEMU says INVEPT and means INVVPID."""
+    rows = {(row.word, row.low): row for row in (*_tables()[0], *_controls()) if row.low == row.high}
+    lines = (HERE / "data" / "vmx_names.txt").read_text("utf-8").splitlines()
+    listed = [line.split() for line in lines if not line.startswith("#")]
+    assert len(listed) == 99
+    for word, bit, *names in listed:
+        entry = rows[word, int(bit)].entry
+        assert [entry.get("qemu", "-"), entry.get("libvirt", "-")] == names, f"{word} {bit}"
+    places = {(word, int(bit)) for word, bit, *_names in listed}
+    named = {place for place, row in rows.items() if {"qemu", "libvirt"} & set(row.entry)}
+    assert {place for place in named if re.fullmatch(r"msr:0x4[89].", place[0])} == places
+
+
+def test_every_monitoring_bit_that_libvirt_and_linux_name() -> None:
+    """libvirt src/cpu_map/x86_features.xml; Linux arch/x86/include/asm/cpufeatures.h, word 11 (cqm_*)."""
+    found = {
+        (row.word, row.low): (row.entry.get("libvirt"), row.entry["linux"])
+        for row in _tables()[0]
+        if row.word.startswith("cpuid:0xf.") and "linux" in row.entry
+    }
+    assert found == {
+        ("cpuid:0xf.0.edx", 1): (None, "cqm_llc"),
+        ("cpuid:0xf.1.edx", 0): (None, "cqm_occup_llc"),
+        ("cpuid:0xf.1.edx", 1): ("mbm_total", "cqm_mbm_total"),
+        ("cpuid:0xf.1.edx", 2): ("mbm_local", "cqm_mbm_local"),
+    }
+
+
 def _csv_fields() -> list[tuple[str, int, str]]:
     """(word, mask, name) of each field of the public CPUID table, one for each subleaf of a range."""
     fields = []

@@ -223,6 +223,30 @@ BAD = [
     ('["cpuid:0x0.0.ecx"]\nv = { bits = "7:0", rule = "equal" }', "a whole word"),
     ('["cpuid:0x0.0.ecx"]\nv = { bits = "31:0", rule = "equal", requires = ["fpu"] }', "built on nothing"),
     ('["msr:0x48d"]\nc = { bits = "31:0", rule = "vmx-controls" }', "64 bits"),
+    (
+        '["msr:0x48d"]\nc = { bits = "63:0", rule = "vmx-controls", default1 = 0x100000000 }',
+        "only of VMX controls",
+    ),
+    ('["msr:0x10a"]\nc = { bit = 0, rule = "and", default1 = 1 }', "only of VMX controls"),
+    ('["msr:0x10a"]\nc = { bit = 0, rule = "and" }\n["msr:0x10a".controls]\na = { bit = 1 }', "has controls"),
+    *(
+        ('["msr:0x48d"]\nc = { bits = "63:0", rule = "vmx-controls" }\n["msr:0x48d".controls]\n' + row, what)
+        for row, what in (
+            ("a = { bit = 32 }", "do not lie"),
+            ("a = { title = 'no bit' }", "do not lie"),
+            ("a = 1", "a lower-case name"),
+            ("A = { bit = 1 }", "a lower-case name"),
+            ("a = { bit = 1, rule = 'and' }", "unknown keys ['rule']"),
+            ("a = { bit = 1 }\nb = { bit = 1 }", "another control's too"),
+            ("fpu = { bit = 1 }", "fpu is used for two features"),
+            ("a = { bit = 1, requires = ['sse9'] }", "which is no feature"),
+        )
+    ),
+    (
+        '["msr:0x48d"]\nc = { bits = "63:0", rule = "vmx-controls" }\n["msr:0x48d".controls]\na = { bit = 1 }\n'
+        '["msr:0x10a"]\nx = { bit = 0, rule = "and", requires = ["a>=1"] }',
+        "cannot be built on",
+    ),
     ('["cpuid:0x9.0.ecx"]\nv = { bits = "7:0", rule = "version-range" }', "16 bits"),
     ('["cpuid:0x9.0.ecx"]\n"a.b" = { bits = "7:0", rule = "minimum" }', "has no dot"),
     ('["cpuid:0x9.0.ecx"]\na = { bit = 0, rule = "policy" }', "has a value"),

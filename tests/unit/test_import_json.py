@@ -211,6 +211,20 @@ def test_qemus_properties_become_bits() -> None:
     assert Report.from_json(report.to_json()).offer == report.offer
 
 
+def test_vmx_controls_become_their_msrs() -> None:
+    """The default1 class of MSR 0x48e is 0x0401e172, of 0x48f 0x36dff (Intel SDM vol. 3D A.3.2, A.4)."""
+    names = ("vmx", "lm", "vmx-ept", "vmx-hlt-exit", "vmx-cr3-load-noexit", "vmx-exit-ack-intr")
+    properties = {**dict.fromkeys(names, True), "vmx-vpid": False, "vmx-vnmi": False}
+    data = lines({"return": {"model": {"name": "host", "props": properties}}})
+    found = qemu_expansion.read(data, BOX).offer_words
+    assert found["msr:0x48b"] == 1 << 33
+    # control 15 is of the class: what it may be is 1, and now it need not be
+    assert found["msr:0x48e"] == (0x0401E172 | 1 << 7) << 32 | 0x0401E172 & ~(1 << 15)
+    # control 9, host address-space size, comes with LM
+    assert found["msr:0x48f"] == (0x36DFF | 1 << 15 | 1 << 9) << 32 | 0x36DFF
+    assert "msr:0x48d" not in found and "msr:0x490" not in found
+
+
 def test_a_name_of_two_bits_sets_both() -> None:
     assert qemu_expansion.read(lines(expansion()), BOX).offer_words["cpuid:0x40000001.0.eax"] == 0b1001
     assert (

@@ -41,6 +41,26 @@ def test_libvirts_data_are_raw_silicon() -> None:
 
 
 @pytest.mark.parametrize(
+    ("index", "value", "meant"),
+    [
+        (0x48D, 0x000000E9, 0xFF_0000_0016),  # QEMU's feature word, as libvirt 11 keeps it: 0x16 is always 1
+        (0x48D, 0x000000E9 << 32, 0xFF_0000_0016),  # as libvirt 12 does
+        (0x48D, 0x7F_0000_0016, 0x7F_0000_0016),  # the MSR itself
+        (0x48E, 0xFBF99E8C, (0xFBF99E8C | 0x0401E172) << 32 | 0x04006172),  # 15 and 16 may be 0
+        (0x48B, 0x00137BFF, 0x00137BFF << 32),  # of the secondary ones none is always 1
+        (0x48B, 0x00137BFF << 32, 0x00137BFF << 32),
+        (0x48C, 0x0D01_0633_0041, 0x0D01_0633_0041),  # no control word
+        (0x48F, 0, 0),
+    ],
+)
+def test_vmx_controls_are_read_in_each_of_libvirts_forms(index: int, value: int, meant: int) -> None:
+    """The feature words are of libvirt's recorded Cooper Lake."""
+    row = f"<msr index='{index:#x}' edx='{value >> 32:#010x}' eax='{value & 0xFFFFFFFF:#010x}'/>"
+    report = libvirt_cpudata.read(cpudata(XML_VENDOR, row), BOX)
+    assert report.offer_words[f"msr:{index:#x}"] == meant
+
+
+@pytest.mark.parametrize(
     ("row", "what"),
     [
         (XML_VENDOR, "leaf 0x0 0x0 is there twice"),

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 
 _WORD_KEYS = ("rule", "why", "controls")
 _TEXT_KEYS = ("title", "why", "withheld", "qemu", "linux", "libvirt", "vendor")
-_FEATURE_KEYS = frozenset(("bit", "bits", "rule", "requires", "value", "unset", "with", "default1", *_TEXT_KEYS))
+_FEATURE_KEYS = frozenset(
+    ("bit", "bits", "rule", "requires", "value", "unset", "with", "default1", *_TEXT_KEYS)
+)
 _REQUIREMENT = re.compile(r"(?P<absent>!?)(?P<name>[a-z0-9.-]+)(?:>=(?P<least>0x[0-9a-f]+|[1-9][0-9]*))?")
 _NAME = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
 _LEAF = r"(?:cpuid|hyperv):0x(?:0|[1-9a-f][0-9a-f]{0,7})"
