@@ -88,9 +88,15 @@ class Client:
         """The VM is gone. Raises UsageError where it holds no contract, NotPermitted."""
         self.call("org.kvmneg.End", {"vm": vm})
 
-    def check(self, request: Mapping[str, Any] | None = None, *, digest: str | None = None) -> dict[str, Any]:
-        """fits, blockers, scope: may a guest with this request, or this contract, come here? Stores nothing."""
-        return self.call("org.kvmneg.Check", _given(request=request and dict(request), digest=digest))
+    def check(
+        self, request: Mapping[str, Any] | None = None, *, digest: str | None = None, vmm: str | None = None
+    ) -> dict[str, Any]:
+        """fits, blockers, scope: may a guest with this request, or this contract, come here? Stores nothing.
+
+        `vmm` goes with a digest; a request names its own.
+        """
+        given = None if request is None else dict(request)
+        return self.call("org.kvmneg.Check", _given(request=given, digest=digest, vmm=vmm))
 
     def get_contract(self, digest: str) -> dict[str, Any]:
         """contract, path, state. Raises NoSuchContract."""
@@ -294,6 +300,19 @@ def _refusal(name: str, parameters: dict[str, Any]) -> errors.KvmnegError:
             what, hint="is kvmnegd of another version than this client?", varlink=name, **parameters
         )
     else:
-        error = errors.from_varlink(name, parameters)
+        error = _of_family(name, parameters)
     error.exit_code = _EXIT_CODES.get(name, error.exit_code)
+    return error
+
+
+def _of_family(name: str, parameters: dict[str, Any]) -> errors.KvmnegError:
+    """The daemon's class, message, hint and fields. Of a name that this version does not know, the family's first."""
+    error = errors.KvmnegError.__new__(errors.BY_VARLINK_NAME.get(name, errors.KvmnegError))
+    fields = dict(parameters)
+    message, hint = fields.pop("message", None), fields.pop("hint", None)
+    errors.KvmnegError.__init__(error, message or name, hint=hint or "", **fields)
+    if isinstance(error, errors.Blocked):
+        from kvmneg.features.difference import Blocker  # only of a no
+
+        error.blockers = tuple(Blocker.from_json(row) for row in error.fields.pop("blockers", ()))
     return error

@@ -187,16 +187,3 @@ def family() -> tuple[type[KvmnegError], ...]:
 
 
 BY_VARLINK_NAME = {error.varlink: error for error in family()}
-
-
-def from_varlink(name: str, parameters: dict[str, Any]) -> KvmnegError:
-    """The error a client raises for what came over the wire: the daemon's class, message, hint and fields."""
-    error = KvmnegError.__new__(BY_VARLINK_NAME.get(name, KvmnegError))
-    fields = dict(parameters)
-    message, hint = fields.pop("message", None), fields.pop("hint", None)
-    KvmnegError.__init__(error, message or name, hint=hint or "", **fields)
-    if isinstance(error, Blocked):
-        from kvmneg.features.difference import Blocker
-
-        error.blockers = tuple(Blocker.from_json(row) for row in error.fields.pop("blockers", ()))
-    return error

@@ -9,6 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
+    from typing import Any
 
     from kvmneg.cli.arguments import Parser
     from kvmneg.features.featureset import FeatureSet
@@ -19,40 +20,40 @@ SCOPE = (
     "judged: what each report says its host offers to new guests",
     "not judged: whether the reports are current; machine types and device state of VMM builds; TSC rates",
 )
+_STUDY = (
+    "judged: what hosts of several vendors have in common, for study; it can be neither pinned nor negotiated"
+)
+STUDY_FORMAT = "kvmneg.study/1"
 _NAMED_HOSTS = 4
 
 
 def options(parser: Parser) -> None:
     parser.add_argument("reports", metavar="REPORT", nargs="+", help="report files")
-    parser.add_argument(
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
         "--fence", action="store_true", help="print it as a fence, for `kvmneg fence pin --from FILE`"
+    )
+    group.add_argument(
+        "--ignore-vendor",
+        action="store_true",
+        help="go on where vendors differ, for study: no such pool can be",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     from kvmneg.cli import files
+    from kvmneg.errors import Incompatible
     from kvmneg.policy import pool
     from kvmneg.policy.fence import Fence
 
     reports = [files.report(path) for path in arguments.reports]
-    met = pool.baseline(reports)
+    try:
+        met = pool.study(reports) if arguments.ignore_vendor else pool.baseline(reports)
+    except Incompatible as no:
+        no.hint += "; --ignore-vendor goes on, for study"
+        raise
     if arguments.json:
-        hosts = [
-            {"host": report.host, "file": path, "vendor": report.identity.get("vendor")}
-            for report, path in zip(reports, arguments.reports, strict=True)
-        ]
-        held = [holder.to_json() for holder in pool.holders(reports, met)]
-        print_json(
-            {
-                "architecture": met.architecture,
-                "digest": met.digest(),
-                "hosts": hosts,
-                "words": met.to_json(),
-                "fence": Fence(met).text(),
-                "held_back": held,
-                "scope": list(SCOPE),
-            }
-        )
+        print_json(_document(arguments, reports, met))
     elif arguments.fence:
         print(Fence(met).text(), end="")
     else:
@@ -60,10 +61,56 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _document(arguments: argparse.Namespace, reports: Sequence[Report], met: FeatureSet) -> dict[str, Any]:
+    """The baseline; of a study with the format of one, which no command reads as anything to pin."""
+    from kvmneg.cli.host import flagged
+    from kvmneg.features import words
+    from kvmneg.policy import pool
+    from kvmneg.policy.fence import Fence
+
+    hosts = [
+        {"host": report.host, "file": path, "vendor": report.identity.get("vendor")}
+        for report, path in zip(reports, arguments.reports, strict=True)
+    ]
+    study = {"vendors": pool.vendors(reports)} if met.conflicts else None
+    return {
+        **({"format": STUDY_FORMAT} if study else {}),
+        "architecture": met.architecture,
+        "digest": met.digest(),
+        "study": study,
+        "hosts": hosts,
+        "words": met.to_json(),
+        "fence": None if study else Fence(met).text(),
+        "held_back": [holder.to_json() for holder in pool.holders(reports, met)],
+        "unnamed": {word: words.text_value(word, bits) for word, bits in unnamed(reports).items()},
+        "flagged": flagged(reports),
+        "scope": _scope(met),
+    }
+
+
+def unnamed(reports: Sequence[Report]) -> dict[str, int]:
+    """The bits that some report has and the catalogue does not name, in the order of addresses."""
+    from kvmneg.features import words
+
+    found: dict[str, int] = {}
+    for report in reports:
+        for word, bits in report.unclassified().items():
+            found[word] = found.get(word, 0) | bits
+    return {word: found[word] for word in sorted(found, key=words.order)}
+
+
+def _scope(met: FeatureSet) -> list[str]:
+    return [*SCOPE, _STUDY] if met.conflicts else list(SCOPE)
+
+
 def _show(screen: Screen, reports: Sequence[Report], met: FeatureSet, held: Sequence[Holder]) -> None:
     from kvmneg.cli.host import impossible
     from kvmneg.features import catalog, words
+    from kvmneg.policy import pool
 
+    if met.conflicts:
+        study = f"STUDY, no baseline: {pool.sides(pool.vendors(reports))}. It can be neither pinned nor negotiated."
+        screen.paragraph(study, style="warn")
     table = catalog.names(met.architecture)
     names = [
         feature.name
@@ -76,17 +123,22 @@ def _show(screen: Screen, reports: Sequence[Report], met: FeatureSet, held: Sequ
     )
     screen.words("", names, column=2)
     screen.words("digest", [met.digest()])
-    groups: dict[tuple[str, ...], list[str]] = {}
+    groups: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for holder in held:
-        groups.setdefault(holder.hosts, []).append(holder.feature)
+        groups.setdefault((holder.hosts, holder.because), []).append(holder.feature)
     if groups:
         screen.head(f"held back: {count(len(held), 'feature')}")
-    for hosts, features in sorted(groups.items(), key=lambda row: len(row[0])):
+    for (hosts, because), features in sorted(groups.items(), key=lambda row: len(row[0][0])):
         more = f" and {len(hosts) - _NAMED_HOSTS} more" if len(hosts) > _NAMED_HOSTS else ""
         who = f"by {', '.join(hosts[:_NAMED_HOSTS])}{more}" if hosts else "by rule"
         if len(hosts) == len(reports):
             who = "by all: they must have the same, and differ"
-        screen.paragraph(who, indent=2)
+        screen.paragraph(because or who, indent=2)
         screen.words("", features, indent=4, column=4)
+    unknown = unnamed(reports)
+    if unknown:
+        many = count(sum(bits.bit_count() for bits in unknown.values()), "bit")
+        screen.head(f"kept back: {many} that kvmneg does not name, in {count(len(unknown), 'word')}")
+        screen.words("", unknown, column=2)
     impossible(screen, reports)
-    screen.scope(SCOPE)
+    screen.scope(_scope(met))

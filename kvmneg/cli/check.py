@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from kvmneg.cli import arguments as options_of
 from kvmneg.cli import requests, sources
+from kvmneg.cli.host import flagged, impossible
 from kvmneg.cli.output import Screen, print_json
 
 TYPE_CHECKING = False
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from kvmneg.cli.arguments import Parser
     from kvmneg.features.difference import Blocker
+    from kvmneg.features.report import Report
     from kvmneg.policy.contract import Contract
 
 _Verdict = tuple["tuple[Blocker, ...]", list[str], "str | None"]  # blockers, scope, the contract's grade
@@ -38,9 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
     blockers, scope, grade = _by_contract(arguments) if arguments.contract else _by_request(arguments)
     if blockers:
         there = _where(arguments)
-        raise Blocked(f"a guest with {subject} may not come {there}", blockers, fits=False, scope=scope)
+        found: dict[str, Any] = {"flagged": _flagged(arguments)} if arguments.json else {}
+        raise Blocked(
+            f"a guest with {subject} may not come {there}", blockers, fits=False, scope=scope, **found
+        )
     if arguments.json:
-        print_json({"fits": True, "blockers": [], "grade": grade, "scope": scope})
+        answer = {"fits": True, "blockers": [], "grade": grade, "scope": scope}
+        print_json({**answer, "flagged": _flagged(arguments)})
         return 0
     screen = Screen()
     if arguments.report:
@@ -49,8 +55,20 @@ def run(arguments: argparse.Namespace) -> int:
         sources.label(screen, files.report(arguments.report))
     screen.line(f"{screen.good('yes')}: a guest with {subject} may come {_where(arguments)}")
     requests.show_grade(screen, grade)
+    impossible(screen, [_report(arguments)])
     screen.scope(scope)
     return 0
+
+
+def _report(arguments: argparse.Namespace) -> Report:
+    """The report that was judged."""
+    from kvmneg.cli import files
+
+    return files.report(arguments.report) if arguments.report else sources.daemon_report(arguments)
+
+
+def _flagged(arguments: argparse.Namespace) -> list[dict[str, str]]:
+    return flagged([_report(arguments)])
 
 
 def _where(arguments: argparse.Namespace) -> str:
@@ -64,22 +82,16 @@ def _where(arguments: argparse.Namespace) -> str:
 
 def _by_contract(arguments: argparse.Namespace) -> _Verdict:
     from kvmneg.policy import grade, negotiation
-    from kvmneg.policy.contract import SCOPE
+    from kvmneg.policy.contract import scope
 
-    alone = arguments.vmm or arguments.require_enforced  # the daemon's Check takes no more than a digest
+    alone = arguments.require_enforced  # the daemon's Check does not insist
     if not arguments.report and not alone and _digest_of(arguments):
-        return _daemon(arguments, digest=sources.full_digest(arguments.contract))
-    contract = _contract(arguments)
-    if arguments.report:
-        from kvmneg.cli import files
-
-        report = files.report(arguments.report)
-    else:
-        report = sources.daemon_report(arguments)
+        return _daemon(arguments, digest=sources.full_digest(arguments.contract), vmm=arguments.vmm)
+    contract, report = _contract(arguments), _report(arguments)
     blockers = list(negotiation.check(contract, report, arguments.vmm))
     if arguments.require_enforced:
         blockers += grade.blockers(contract.granted, report)
-    return tuple(blockers), list(SCOPE), grade.of(contract.granted, report)
+    return tuple(blockers), scope(False), grade.of(contract.granted, report)
 
 
 def _digest_of(arguments: argparse.Namespace) -> bool:
@@ -100,11 +112,15 @@ def _by_request(arguments: argparse.Namespace) -> _Verdict:
     if not arguments.report:
         return _daemon(arguments, request=request.to_json())
     from kvmneg.cli import files
+    from kvmneg.errors import Blocked
     from kvmneg.policy import negotiation
-    from kvmneg.policy.contract import SCOPE
+    from kvmneg.policy.contract import scope
 
-    answer = negotiation.check_request(request, files.report(arguments.report))  # raises with every reason
-    return (), list(SCOPE), answer.contract.grade
+    try:
+        answer = negotiation.check_request(request, files.report(arguments.report))
+    except Blocked as no:  # told as the daemon's no is
+        return no.blockers, scope(False), None
+    return (), scope(False), answer.contract.grade
 
 
 def _daemon(arguments: argparse.Namespace, **parameters: Any) -> _Verdict:

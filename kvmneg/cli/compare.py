@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from kvmneg.cli import sources
+from kvmneg.cli.host import flagged, impossible
 from kvmneg.cli.output import Screen, count, print_json
+from kvmneg.features.rules import EQUAL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ _TABLE = 90  # columns of a terminal that has room for two such values side by s
 def options(parser: Parser) -> None:
     parser.add_argument("a", metavar="A", help="a report, a contract or a fence; `host` for this host")
     parser.add_argument("b", metavar="B", help="another")
+    parser.add_argument(
+        "--ignore-vendor", action="store_true", help="what differs besides the vendor, for study"
+    )
     sources.add_report_or_kvm(parser, "what `host` means instead of measuring this host")
 
 
@@ -33,6 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     differences = () if mixed else diff(a.granted, b.granted)
     accepting = () if mixed or not (a.report and b.report) else diff(a.accept, b.accept)
     result = Result(a, b, differences, accepting, _combo(a, b))
+    if arguments.ignore_vendor:
+        result.ignore_vendor()
     if arguments.json:
         print_json(result.to_json())
     else:
@@ -70,10 +77,32 @@ class Result:
         self.combo = combo
         self.forth: tuple[Blocker, ...] = fits(a.granted, b.accept, missing_on=b.title)
         self.back: tuple[Blocker, ...] = fits(b.granted, a.accept, missing_on=a.title)
+        self.fit = not self.forth, not self.back
         self.same = not (differences or accepting) and a.granted.architecture == b.granted.architecture
+        self.unnamed = [] if a.granted.architecture != b.granted.architecture else _unnamed(a, b)
+        self.study = ""
+
+    def ignore_vendor(self) -> None:
+        """Leave the vendor out of what is told. It keeps guests from moving all the same."""
+        from kvmneg.policy.pool import spelled_vendor
+
+        vendors = [spelled_vendor(side.granted) for side in (self.a, self.b)]
+        if not all(vendors) or vendors[0] == vendors[1]:
+            return
+        self.study = f"{vendors[0]} on A, {vendors[1]} on B"
+        self.differences, self.accepting = (
+            tuple(row for row in rows if row.rule != EQUAL) for rows in (self.differences, self.accepting)
+        )
+        words = _vendor_words(self.a)
+        self.forth, self.back = (
+            tuple(row for row in rows if row.word not in words) for rows in (self.forth, self.back)
+        )
 
     def to_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = {"same": self.same}
+        document: dict[str, Any] = {
+            "same": self.same,
+            "study": {"vendors": self.study} if self.study else None,
+        }
         if not self.same:
             number = len(self.differences) + len(self.accepting)
             document["error"] = {
@@ -91,13 +120,37 @@ class Result:
         document |= {
             "differences": [row.to_json() for row in self.differences],
             "accept_differences": [row.to_json() for row in self.accepting],
-            "a_fits_b": not self.forth,
-            "b_fits_a": not self.back,
+            "a_fits_b": self.fit[0],
+            "b_fits_a": self.fit[1],
             "blockers": [row.to_json() for row in self.forth],
             "blockers_back": [row.to_json() for row in self.back],
+            "unnamed": self.unnamed,
+            "flagged": flagged([side.report for side in (self.a, self.b) if side.report]),
             "combo": self.combo,
         }
         return document
+
+
+def _vendor_words(side: Document) -> tuple[str, ...]:
+    from kvmneg.features import catalog
+
+    return catalog.load(side.granted.architecture).equal_words
+
+
+def _unnamed(a: Document, b: Document) -> list[dict[str, str]]:
+    """The bits that differ between two reports and that the catalogue does not name: never offered."""
+    if not (a.report and b.report):
+        return []
+    from kvmneg.features import words
+
+    ours, theirs = a.report.unclassified(), b.report.unclassified()
+    rows = []
+    for word in sorted({*ours, *theirs}, key=words.order):
+        left, right = ours.get(word, 0), theirs.get(word, 0)
+        if left != right:
+            values = {"bits": left ^ right, "a": left, "b": right}
+            rows.append({"word": word, **{name: f"{value:#x}" for name, value in values.items()}})
+    return rows
 
 
 def _combo(a: Document, b: Document) -> list[dict[str, Any]]:
@@ -131,9 +184,9 @@ def _flat(value: object, prefix: str = "") -> dict[str, str]:
 
 
 def _show(screen: Screen, result: Result) -> None:
-    from kvmneg.cli.host import impossible
-
     a, b = result.a, result.b
+    if result.study:
+        screen.paragraph(f"STUDY, the vendors differ: {result.study}", style="warn")
     for name, side in (("A", a), ("B", b)):
         screen.words(f"{name}  {side.kind}", side.title.split(" "), indent=0, column=13)
     if a.granted.architecture != b.granted.architecture:
@@ -147,8 +200,16 @@ def _show(screen: Screen, result: Result) -> None:
     if result.accepting:
         screen.head("of what they accept from incoming guests")
         _differences(screen, result.accepting)
-    for title, blockers in (("a guest of A fits B", result.forth), ("a guest of B fits A", result.back)):
-        screen.line(f"\n{screen.bold(title)}: {screen.bad('no') if blockers else screen.good('yes')}")
+    for row in result.unnamed:
+        only = "A" if row["b"] == "0x0" else "B" if row["a"] == "0x0" else ""
+        screen.line(f"{row['word']} bits {row['bits']}: not named" + (f", only {only}" if only else ""))
+    for title, fit, blockers in (
+        ("a guest of A fits B", result.fit[0], result.forth),
+        ("a guest of B fits A", result.fit[1], result.back),
+    ):
+        why = ", by its vendor already; besides:" if result.study and blockers else ""
+        why = why or (", by its vendor" if result.study else "")
+        screen.line(f"\n{screen.bold(title)}: {screen.good('yes') if fit else screen.bad('no') + why}")
         if blockers and not result.same:
             screen.words("", dict.fromkeys(blocker.feature for blocker in blockers), column=2)
     impossible(screen, [report for report in (a.report, b.report) if report])

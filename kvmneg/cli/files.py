@@ -131,6 +131,8 @@ def _json_document(data: bytes, path: str) -> Document:
         parsed.get("contract"), dict
     ):  # what `kvmneg negotiate --json` prints
         return Document(path, contract=json_contract(parsed["contract"], path))
+    if isinstance(found, str) and found.startswith("kvmneg.study/"):
+        raise BadInput("a study over several vendors: nothing is pinned or negotiated by it", file=path)
     return Document(path, report=Report.from_json(parsed, file=path))
 
 

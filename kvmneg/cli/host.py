@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         seen = vmm.through(report, arguments.vmm)
     if arguments.json:
         # the report stays the one that was measured: others read it as such
-        print_json({**report.to_json(), **({"vmm": seen.to_json()} if seen else {})})
+        found = {"flagged": flagged([report]), "unnamed": unnamed(report)}
+        print_json({**report.to_json(), **found, **({"vmm": seen.to_json()} if seen else {})})
     else:
         screen = Screen()
         sources.label(screen, report)
@@ -202,7 +203,8 @@ def _unclassified(screen: Screen, report: Report) -> None:
 
     unknown = report.unclassified()
     if unknown:
-        screen.head("never offered: bits that kvmneg does not know")
+        bits = count(sum(value.bit_count() for value in unknown.values()), "bit")
+        screen.head(f"never offered: {bits} that kvmneg does not name")
         screen.table(
             [(word, words.text_value(word, unknown[word])) for word in sorted(unknown, key=words.order)]
         )
@@ -224,6 +226,25 @@ def _enforcement(screen: Screen, report: Report) -> None:
             screen.words("", _GRADES[grade].split(" "))
     tried = "CPUID and feature MSRs, each set and read back; a running guest may see more"
     screen.words("tried", tried.split(" "))
+
+
+def unnamed(report: Report) -> dict[str, str]:
+    """The measured bits that the catalogue does not name, as documents have them: word → mask."""
+    from kvmneg.features import words
+
+    unknown = report.unclassified()
+    return {word: words.text_value(word, unknown[word]) for word in sorted(unknown, key=words.order)}
+
+
+def flagged(reports: Iterable[Report]) -> list[dict[str, str]]:
+    """What no CPU can have, as documents have it: {"host", "word", "finding"} each."""
+    from kvmneg.features.sanity import findings
+
+    return [
+        {"host": report.host, "word": finding.word, "finding": finding.what}
+        for report in reports
+        for finding in findings(report)
+    ]
 
 
 def impossible(screen: Screen, reports: Iterable[Report]) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-import time
 
 from kvmneg.cli.output import Screen, count, print_json
 
@@ -37,12 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     from kvmneg import __version__
     from kvmneg.cli import files
+    from kvmneg.clock import now
     from kvmneg.emit.imported import Measured
 
     reader = import_module(f"kvmneg.emit.{KINDS[arguments.source][0]}")
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     data = files.read(arguments.file)
-    report = reader.read(data, Measured(arguments.file, arguments.host, at, f"kvmneg {__version__}"))
+    report = reader.read(data, Measured(arguments.file, arguments.host, now(), f"kvmneg {__version__}"))
     print_json(report.to_json())
     if not arguments.json:
         screen = Screen(sys.stderr)

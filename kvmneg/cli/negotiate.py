@@ -96,7 +96,7 @@ def _from_report(arguments: argparse.Namespace) -> Offer:
     from kvmneg.cli import files
     from kvmneg.errors import Blocked
     from kvmneg.policy import negotiation
-    from kvmneg.policy.contract import SCOPE
+    from kvmneg.policy.contract import scope
     from kvmneg.policy.fence import Fence
 
     request = options_of.request_of(arguments)
@@ -111,7 +111,7 @@ def _from_report(arguments: argparse.Namespace) -> Offer:
         raise
     answer.not_granted = tuple(_of_file(blocker, arguments.fence) for blocker in answer.not_granted)
     host = negotiation.ceiling(report, None, request.vmm)
-    return Offer(answer.contract, 0, answer.not_granted, list(SCOPE), host)
+    return Offer(answer.contract, 0, answer.not_granted, scope(fence is not None), host)
 
 
 def _of_file(blocker: Blocker, fence: str) -> Blocker:

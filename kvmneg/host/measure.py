@@ -8,10 +8,10 @@ open /dev/kvm pins KVM's modules. What stays is what KVM cannot change: raw CPUI
 from __future__ import annotations
 
 import os
-import time
 from functools import partial
 
 from kvmneg import __version__
+from kvmneg.clock import now
 from kvmneg.errors import KvmnegError
 from kvmneg.features.report import Report
 from kvmneg.features.words import ARM64, X86_64
@@ -82,7 +82,7 @@ class Measurer:
         if plan.unvisited:
             combo["unvisited"] = plan.to_combo()
         measured = {
-            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "at": now(),
             "by": f"kvmneg {__version__}",
             "host": software.host_name(self._roots),
             "source": "kvm",

@@ -34,9 +34,10 @@ from hashlib import sha256
 from itertools import pairwise
 
 from kvmneg import limits
-from kvmneg.errors import BadInput
+from kvmneg.errors import BadInput, Incompatible
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
+from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet
 
 TYPE_CHECKING = False
@@ -66,8 +67,22 @@ SCOPE = (
 )
 
 
+_FENCE = " and the pinned fence"
+
+
+def scope(fenced: bool) -> list[str]:
+    """What a yes is about: SCOPE, and where no fence was judged what is left of it."""
+    if fenced:
+        return list(SCOPE)
+    judged, *rest = SCOPE
+    return [judged.removesuffix(_FENCE), *rest[:-1], f"{rest[-1]}, any fence"]
+
+
 class Contract:
-    """What one guest may see. `fence` is (generation, digest), (0, "") without one; `grade` one of GRADES."""
+    """What one guest may see. `fence` is (generation, digest), (0, "") without one; `grade` one of GRADES.
+
+    Raises Incompatible where the set is a study over several vendors: no host could hold it.
+    """
 
     __slots__ = ("_binary", "digest", "fence", "grade", "granted")
 
@@ -79,6 +94,9 @@ class Contract:
         *,
         binary: bytes | None = None,
     ) -> None:
+        if granted.conflicts:
+            blockers = [Blocker.of_conflict(conflict, "the pool") for conflict in granted.conflicts]
+            raise Incompatible("there is no contract over hosts without a common baseline", blockers)
         self.granted = granted
         self.fence = fence
         self.grade = grade
@@ -116,7 +134,7 @@ class Contract:
             "words": values,
             **({"masks": masks} if masks else {}),
             "grade": self.grade,
-            "scope": list(SCOPE),
+            "scope": scope(bool(generation)),
         }
 
     @classmethod

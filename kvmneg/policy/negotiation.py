@@ -53,14 +53,25 @@ def _bounded(report: Report, fence: Fence | None, offer: FeatureSet) -> FeatureS
     coverage.require(report)
     if fence is None:
         return offer
-    below = fence.unmet(report.offer, missing_on=f"host {report.host}")
-    if below:
+    found = below(report, fence)
+    if found:
         raise Breached(
             f"{report.host} no longer offers what fence generation {fence.generation} promises",
-            [reasons.unfit(blocker, report, "the fence") for blocker in below],
+            [reasons.unfit(blocker, report, "the fence") for blocker in found],
             hint="bring back what changed (kernel, microcode, module parameters), or pin a lower fence",
         )
     return meet(offer, fence.granted)
+
+
+def below(report: Report, fence: Fence) -> tuple[Blocker, ...]:
+    """What a fence promises and neither the host offers nor a VMM gives there: empty where it is not breached."""
+    where = f"host {report.host}"
+    found = fence.unmet(report.offer, missing_on=where)
+    if found:
+        from kvmneg.policy import vmm as vmms  # most fences name nothing that only a VMM gives
+
+        found = fence.unmet(vmms.reach(report), missing_on=where)
+    return found
 
 
 def _through(report: Report, vmm: str | None) -> Through | None:

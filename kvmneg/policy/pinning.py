@@ -6,7 +6,8 @@ from __future__ import annotations
 from kvmneg.errors import Blocked, UsageError
 from kvmneg.features import catalog as catalogs
 from kvmneg.features.featureset import FeatureSet, fits
-from kvmneg.policy import coverage, definitions, negotiation, pool
+from kvmneg.policy import coverage, definitions, negotiation, pool, reasons
+from kvmneg.policy.fence import Fence
 from kvmneg.policy.request import Request
 
 TYPE_CHECKING = False
@@ -17,17 +18,17 @@ SOURCES = ("host", "baseline", "level:NAME", "platform:NAME")
 
 
 def source(text: str, report: Report) -> FeatureSet:
-    """The set that one of SOURCES means on the host of this report; none exceeds what the host offers.
+    """The set that one of SOURCES means on the host of this report; none exceeds what guests can have there.
 
-    host: all it offers. baseline: what every host of the pool offers, here a pool of one. level:NAME: what a
-    request for that level is granted without a fence. platform:NAME: the offer, with the words that the
-    platform bounds cut to its features.
+    host: all it offers, and what VMMs give there. baseline: what every host of the pool offers, here a pool of
+    one. level:NAME: what a request for that level is granted without a fence. platform:NAME: the offer, with the
+    words that the platform bounds cut to its features.
 
     Raises UsageError (no such source or name), Blocked (the host does not reach the level).
     """
     kind, colon, name = text.partition(":")
     if text == "host":
-        return report.offer
+        return _reach(report)
     if text == "baseline":
         return pool.baseline([report])
     if kind == "level" and name:
@@ -42,20 +43,29 @@ def to_pin(granted: FeatureSet, report: Report) -> FeatureSet:
     """The set as it is pinned: a vendor that it leaves open is this host's.
 
     Raises Blocked, naming each feature, where it promises what the host does not offer, or what not all kinds of the
-    host's CPUs were asked for.
+    host's CPUs were asked for, Incompatible where it is a study over several vendors.
     """
     coverage.require(report)
+    Fence(granted)  # a set without a common vendor is no fence's, whatever it is called
     catalog = catalogs.load(report.architecture)
     vendor = {word: report.offer.words[word] for word in catalog.equal_words if word in report.offer.words}
     whole = FeatureSet.of(report.architecture, {**vendor, **granted.words})
-    lacking = fits(whole, report.offer, missing_on=f"host {report.host}")
+    where = f"host {report.host}"
+    lacking = fits(whole, report.offer, missing_on=where)
+    lacking = lacking and fits(whole, _reach(report), missing_on=where)
     if lacking:
         raise Blocked(
             f"{report.host} offers less than this fence promises",
-            lacking,
+            [reasons.unfit(blocker, report, "the fence") for blocker in lacking],
             hint="pin no more than every host has; `kvmneg baseline` computes it",
         )
     return whole
+
+
+def _reach(report: Report) -> FeatureSet:
+    from kvmneg.policy import vmm  # the rules of every VMM: a daemon starts without them
+
+    return vmm.reach(report)
 
 
 def _platform(name: str, report: Report) -> FeatureSet:

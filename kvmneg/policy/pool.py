@@ -44,26 +44,31 @@ class Kind:
 class Holder:
     """A feature that some members offer and the baseline does not have, and who holds it back.
 
-    `hosts` lack it or, for a number, keep it down; `of` is the size of the pool.
+    `hosts` lack it or, for a number, keep it down; `of` is the size of the pool. `because` says what differs where it
+    goes with registers that must be equal together (kvmneg.policy.unequal), else "".
     """
 
-    __slots__ = ("bit", "feature", "hosts", "of", "word")
+    __slots__ = ("because", "bit", "feature", "hosts", "of", "word")
 
-    def __init__(self, feature: str, word: str, bit: int | None, hosts: tuple[str, ...], of: int) -> None:
+    def __init__(
+        self, feature: str, word: str, bit: int | None, hosts: tuple[str, ...], *, of: int, because: str
+    ) -> None:
         self.feature = feature
         self.word = word
         self.bit = bit
         self.hosts = hosts
         self.of = of
+        self.because = because
 
     def to_json(self) -> dict[str, object]:
-        """{"feature", "word", "bit": number or null, "held_back_by": [host, …], "of": pool size}."""
+        """{"feature", "word", "bit": number or null, "held_back_by": [host, …], "of": pool size, "because" or null}."""
         return {
             "feature": self.feature,
             "word": self.word,
             "bit": self.bit,
             "held_back_by": list(self.hosts),
             "of": self.of,
+            "because": self.because or None,
         }
 
 
@@ -101,30 +106,53 @@ def baseline(reports: Sequence[Report]) -> FeatureSet:
 
     Raises Incompatible where hosts must agree and do not (vendors), naming both sides; what `kinds` raises.
     """
-    return _baseline(kinds(reports))
-
-
-def _baseline(members: list[Kind]) -> FeatureSet:
+    members = kinds(reports)
     met = meet_all(kind.offer for kind in members)
     if met.conflicts:
-        blockers = _conflicts(met.conflicts, members)
-        sides = "; ".join(blocker.because for blocker in blockers)
-        raise Incompatible(
-            f"these hosts have no common baseline: {sides}", blockers, hint="make one pool for each of them"
-        )
+        raise _incompatible(met.conflicts, members)
     return met
+
+
+def study(reports: Sequence[Report]) -> FeatureSet:
+    """What hosts of several vendors have in common, for study: no guest could ever move between them.
+
+    Where vendors differ, the set keeps the conflict: it fits nothing, and is neither a fence's nor a contract's
+    (both refuse it). Where they do not, it is the baseline. Raises as `baseline`, but for vendors.
+    """
+    members = kinds(reports)
+    met = meet_all(kind.offer for kind in members)
+    others = [conflict for conflict in met.conflicts if not conflict.word.startswith(_VENDOR)]
+    if others:
+        raise _incompatible(others, members)
+    return met
+
+
+def vendors(reports: Sequence[Report]) -> dict[str, list[str]]:
+    """The hosts by vendor, the few first: they are what somebody has to look at."""
+    found = _by_vendor(kinds(reports))
+    return dict(sorted(found.items(), key=lambda row: (len(row[1]), row[0])))
+
+
+def sides(found: dict[str, list[str]]) -> str:
+    """Vendors with their hosts as a sentence names them."""
+    return ", ".join(f"{vendor} on {some(hosts)}" for vendor, hosts in found.items())
+
+
+def _incompatible(conflicts: Sequence[Conflict], members: list[Kind]) -> Incompatible:
+    blockers = _conflicts(conflicts, members)
+    both = "; ".join(blocker.because for blocker in blockers)
+    return Incompatible(
+        f"these hosts have no common baseline: {both}", blockers, hint="make one pool for each of them"
+    )
 
 
 def _conflicts(conflicts: Sequence[Conflict], members: list[Kind]) -> list[Blocker]:
     blockers = []
-    vendors = _by_vendor(members)
     if any(conflict.word.startswith(_VENDOR) for conflict in conflicts):
-        # the few first: they are what somebody has to look at
-        rows = sorted(vendors.items(), key=lambda row: (len(row[1]), row[0]))
-        sides = [f"{vendor} on {_some(hosts)}" for vendor, hosts in rows]
-        missing_on = _some([host for hosts in vendors.values() for host in hosts])
+        found = vendors([report for kind in members for report in kind.reports])
+        missing_on = some([host for hosts in found.values() for host in hosts])
         blockers.append(
-            Blocker("vendor", "cpuid:0x0.0.ebx", None, "the pool", missing_on, "silicon", ", ".join(sides))
+            Blocker("vendor", "cpuid:0x0.0.ebx", None, "the pool", missing_on, "silicon", sides(found))
         )
     for conflict in conflicts:
         if not conflict.word.startswith(_VENDOR):
@@ -138,9 +166,9 @@ def _conflict(conflict: Conflict, members: list[Kind]) -> Blocker:
         hosts = [
             host for kind in members if kind.offer.words.get(conflict.word) == value for host in kind.hosts()
         ]
-        rows.append((len(hosts), f"{show(conflict.word, value)} on {_some(hosts)}"))
-    sides = [side for _number, side in sorted(rows)]
-    because = f"{conflict.word} must be the same on every host: " + ", ".join(sides)
+        rows.append((len(hosts), f"{show(conflict.word, value)} on {some(hosts)}"))
+    both = [side for _number, side in sorted(rows)]
+    because = f"{conflict.word} must be the same on every host: " + ", ".join(both)
     blocker = Blocker.of_conflict(conflict, "the pool")
     return blocker._replace(because=because)
 
@@ -164,7 +192,8 @@ def spelled_vendor(one: FeatureSet) -> str:
     return raw.decode("latin-1") if any(raw) else ""
 
 
-def _some(hosts: Sequence[str]) -> str:
+def some(hosts: Sequence[str]) -> str:
+    """The first hosts by name, the rest counted."""
     named = ", ".join(hosts[:_NAMED_HOSTS])
     return f"{named} and {len(hosts) - _NAMED_HOSTS} more" if len(hosts) > _NAMED_HOSTS else named
 
@@ -178,17 +207,21 @@ def holders(reports: Sequence[Report], granted: FeatureSet) -> tuple[Holder, ...
     on; where that is nobody (a fence hides it), no host is named. In the order of addresses. Raises as
     `kinds` does.
     """
+    from kvmneg.policy import unequal  # it asks for kinds of hosts too
+
     members = kinds(reports)
     places = {(blocker.word, blocker.feature) for kind in members for blocker in fits(kind.offer, granted)}
     table = catalogs.names(granted.architecture)
     found = []
+    differing = unequal.groups(members)
     for _word, name in places:
         feature = table.by_name.get(name)
         if feature is not None:  # else a conflict, which no baseline names
             bit = feature.shift if feature.width == 1 else None
             guilty = _guilty(members, granted, feature, {name})
             hosts = tuple(host for kind in guilty for host in kind.hosts())
-            found.append(Holder(name, feature.word, bit, hosts, len(reports)))
+            because = unequal.because(feature, differing, members)
+            found.append(Holder(name, feature.word, bit, hosts, of=len(reports), because=because))
     return tuple(sorted(found, key=lambda held: (words.order(held.word), table.by_name[held.feature].shift)))
 
 

@@ -117,6 +117,23 @@ def through(report: Report, name: str) -> Through:
     return found
 
 
+def reach(report: Report) -> FeatureSet:
+    """The most that any guest may be given there: what KVM offers, with what some VMM gives by itself.
+
+    A fence is over all of a host's guests, whatever runs them, so it may name all of this.
+    """
+    from kvmneg.features import sanity  # a fence is pinned now and then
+
+    table = catalogs.names(report.architecture)
+    found = dict(report.offer_words)
+    for name in definitions.available("vmms"):
+        for change in through(report, name).changes:
+            feature = table.by_name[change.feature]
+            if change.what == GIVEN and feature.rule != rules.OR:
+                found[change.word] = found.get(change.word, 0) | feature.mask
+    return type(report.offer).of(report.architecture, sanity.sane(report.architecture, found))
+
+
 def refused(granted: FeatureSet, seen: Through, wanted_by: str) -> list[Blocker]:
     """What the VMM would refuse of a guest's set: requested bits that this host lacks, whatever they mean.
 

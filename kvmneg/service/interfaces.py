@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 
 from kvmneg import limits
+from kvmneg.clock import now
 from kvmneg.errors import Blocked, LimitExceeded, UsageError
 from kvmneg.policy import grade, negotiation
-from kvmneg.policy.contract import SCOPE
+from kvmneg.policy.contract import scope
 from kvmneg.policy.request import Request
 from kvmneg.service.authorization import require_admin
 from kvmneg.service.message import reply
-from kvmneg.service.node import now
 from kvmneg.store.interface import Audit
 
 TYPE_CHECKING = False
@@ -87,7 +87,7 @@ class Interfaces:
             "digest": answer.contract.digest,
             "generation": self._node.generation,
             "notGranted": [blocker.to_varlink() for blocker in answer.not_granted],
-            "scope": self._scope(),
+            "scope": self._scope(self._node.fence is not None),
         }
 
     def _begin(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -113,17 +113,20 @@ class Interfaces:
         contract: Contract | None
         if "digest" in parameters:
             contract = self._node.contract(parameters["digest"])[0]
-            blockers = negotiation.check(contract, self._node.report)
+            blockers = negotiation.check(contract, self._node.report, parameters.get("vmm"))
+        elif "vmm" in parameters:
+            raise UsageError("vmm goes with a digest", hint="a request names its VMM itself")
         else:
             contract, blockers = self._judge(Request.from_json(parameters["request"]))
         graded = grade.of(contract.granted, self._node.report) if contract and not blockers else None
         rows = [blocker.to_varlink() for blocker in blockers]
-        return {"fits": not rows, "blockers": rows, "grade": graded, "scope": self._scope()}
+        judged = self._scope("request" in parameters and self._node.fence is not None)
+        return {"fits": not rows, "blockers": rows, "grade": graded, "scope": judged}
 
-    def _scope(self) -> list[str]:
+    def _scope(self, fenced: bool) -> list[str]:
         source = self._node.report.measured.get("source")
         recorded = [] if source == "kvm" else [f"not judged: the KVM of this machine; the report is {source}"]
-        return [*SCOPE, *recorded]
+        return [*scope(fenced), *recorded]
 
     def _judge(self, request: Request) -> tuple[Contract | None, tuple[Blocker, ...]]:
         try:

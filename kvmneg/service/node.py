@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 
 from kvmneg import limits
+from kvmneg.clock import now
 from kvmneg.errors import (
     KvmnegError,
     NoKvm,
@@ -47,11 +48,6 @@ if TYPE_CHECKING:
 
         def changed(self, *, fresh: bool = False) -> bool:
             """Whether an input that changes without an event did (fresh: looked at just now)."""
-
-
-def now() -> str:
-    """The time as documents carry it: ISO 8601, UTC, seconds."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 class Node:
@@ -153,7 +149,7 @@ class Node:
             return "unmeasured"
         if self._fence is None:
             return "floating"
-        return "breached" if self._fence.unmet(self._report.offer) else "pinned"
+        return "breached" if negotiation.below(self._report, self._fence) else "pinned"
 
     # -- contracts --------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
         "Begin": {"digest": "string", "vm": "string"},
         "Started": {"vm": "string"},
         "End": {"vm": "string"},
-        "Check": {"request": "?Request", "digest": "?string"},
+        "Check": {"request": "?Request", "digest": "?string", "vmm": "?string"},
         "GetContract": {"digest": "string"},
         "Watch": {},
     },

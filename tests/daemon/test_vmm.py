@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from kvmneg.errors import Blocked, StaleOffer
+from kvmneg.errors import Blocked, StaleOffer, UsageError
 from kvmneg.policy.request import Request
+from kvmneg.service.interfaces import Interfaces
+from kvmneg.store.interface import Audit
 
 if TYPE_CHECKING:
+    from kvmneg.service.connection import Connection
     from kvmneg.service.node import Node
     from kvmneg.service.peer import Peer
 
@@ -46,3 +49,36 @@ def test_what_it_can_no_longer_give_is_stale(node: Node, host: Host) -> None:
     host.change("offer", "kvm:split-irqchip", "0x00000000")
     with pytest.raises(StaleOffer):
         node.begin(contract.digest, VM, PEER)
+
+
+def test_a_contract_is_checked_for_the_vmm_that_would_run_it(node: Node, host: Host) -> None:
+    """What a VMM gives by itself KVM alone does not accept; without the capability it does not either."""
+    check = Interfaces(node).handlers()["org.kvmneg.Check"]
+    connection = cast("Connection", SimpleNamespace(peer=PEER))
+    digest = node.negotiate(Request(require=(GIVEN,), vmm="qemu"), PEER).contract.digest
+    assert check(connection, {"digest": digest, "vmm": "qemu"})["fits"] is True
+    alone = check(connection, {"digest": digest})
+    assert [row["feature"] for row in alone["blockers"]] == [GIVEN] and alone["fits"] is False
+    with pytest.raises(UsageError, match="bochs"):
+        check(connection, {"digest": digest, "vmm": "bochs"})
+    with pytest.raises(UsageError, match="vmm goes with a digest"):
+        check(connection, {"request": {"max": True}, "vmm": "qemu"})
+    host.change("offer", "kvm:split-irqchip", "0x00000000")
+    node.measure()
+    gone = check(connection, {"digest": digest, "vmm": "qemu"})
+    assert GIVEN in {row["feature"] for row in gone["blockers"]}
+
+
+def test_what_was_not_judged_is_not_in_the_scope(node: Node) -> None:
+    """A contract is held against the host alone; a request against the fence too, where one is pinned."""
+    check = Interfaces(node).handlers()["org.kvmneg.Check"]
+    connection = cast("Connection", SimpleNamespace(peer=PEER))
+    digest = node.negotiate(Request(level="x86-64-v2"), PEER).contract.digest
+    audit = Audit(0, 1, "2026-01-01T00:00:00Z", "test", "pytest")
+    for fenced in (False, True):
+        if fenced:
+            node.pin("level:x86-64-v2", None, None, audit)
+        for given, named in (({"request": {"level": "x86-64-v2"}}, fenced), ({"digest": digest}, False)):
+            judged, not_judged, *_ = check(connection, given)["scope"]
+            assert ("the pinned fence" in judged) is named
+            assert ("any fence" in not_judged) is not named

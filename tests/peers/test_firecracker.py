@@ -189,6 +189,40 @@ def test_compare_names_exactly_what_a_kernel_changed(step: Step, capsys: Capture
         if (bits := (older.get(word, 0) ^ newer.get(word, 0)) & ~named.get(word, 0))
     }
     assert unnamed == dict(step.nameless) | dict(step.same)
+    told = {row["word"]: int(row["bits"], 16) for row in document["unnamed"]}
+    assert told == dict(step.nameless)
+    cli.main(["compare", str(a), str(b)])
+    text = capsys.readouterr().out
+    for word, bits in step.nameless:
+        assert f"{word} bits {bits:#x}: not named" in text
+
+
+# What Milan and Intel's two cannot share by XSAVE layout: offset 0x980 of PKRU on AMD, 0xA80 on Intel. Milan has no
+# AVX-512, so that is Milan's to hold back. AVX lies at 0x240 on all.
+PKRU = {"pku", "xcr0-pkru", "xsave-pkru-size", "xsave-pkru-offset"}
+
+
+@pytest.mark.parametrize("cpu", ["INTEL_CASCADELAKE", "INTEL_ICELAKE"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_amd_and_intel_share_no_protection_keys_and_no_baseline(
+    cpu: str, kernel: str, capsys: Capture, tmp_path: Path
+) -> None:
+    files = [str(imported(capsys, tmp_path, one, kernel)) for one in ("AMD_MILAN", cpu)]
+    assert cli.main(["baseline", *files]) == 1
+    told = capsys.readouterr().err
+    assert f"AuthenticAMD on AMD_MILAN {kernel}, GenuineIntel on {cpu} {kernel}" in told
+    assert cli.main(["baseline", "--ignore-vendor", "--json", *files]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["study"] and document["fence"] is None
+    words = {word: int(text, 16) for word, text in document["words"].items()}
+    assert words["cpuid:0xd.0.eax"] == 0x7 and words["cpuid:0xd.2.ebx"] == 0x240
+    assert not words["cpuid:0x7.0.ebx"] & (1 << 16) and words["cpuid:0x7.0.ebx"] & 1 << 5  # AVX-512 F, AVX2
+    assert not words.get("cpuid:0x7.0.ecx", 0) & 1 << 3  # PKU
+    rows = {row["feature"]: row for row in document["held_back"]}
+    layout = f"XSAVE layout differs: pkru offset 0x980 on AMD_MILAN {kernel}, 0xa80 on {cpu} {kernel}"
+    assert {name for name, row in rows.items() if row["because"]} == PKRU
+    assert {rows[name]["because"] for name in PKRU} == {layout}
+    assert rows["avx512f"]["held_back_by"] == [f"AMD_MILAN {kernel}"]
 
 
 @pytest.mark.parametrize("cpu", CPUS)

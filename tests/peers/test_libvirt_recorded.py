@@ -27,9 +27,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvmneg.errors import Incompatible
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
 from kvmneg.features.featureset import FeatureSet, meet_all
+from kvmneg.policy import pool
+from kvmneg.policy.fence import Fence
 
 HERE = Path(__file__).parent
 
@@ -172,6 +175,24 @@ def test_a_pair_of_two_vendors_has_no_baseline(dumps: list[Dump]) -> None:
     assert len(mixed) == 24 * 6 + 24 + 6
     for a, b in mixed:
         assert meet_all((a.report.offer, b.report.offer)).conflicts, f"{a.name} and {b.name}"
+
+
+def test_a_study_of_two_vendors_keeps_to_the_xsave_layout(dumps: list[Dump]) -> None:
+    """No AMD host of these has AVX-512 or protection keys; AVX lies at 0x240 on all that have it."""
+    mixed = [(a.report, b.report) for a, b in combinations(dumps, 2) if a.vendor != b.vendor]
+    both_avx = 0
+    for a, b in mixed:
+        met = pool.study([a, b])
+        assert {conflict.word for conflict in met.conflicts} == {
+            f"cpuid:0x0.0.{r}" for r in ("ebx", "ecx", "edx")
+        }
+        assert met.field("avx512f") == met.field("pku") == 0
+        wanted = all(one.offer.field("avx") for one in (a, b))
+        both_avx += wanted
+        assert met.field("avx") == wanted
+        with pytest.raises(Incompatible):
+            Fence(met)
+    assert both_avx > 50
 
 
 def _merged(name: str, cpu_map: CpuMap) -> bool:

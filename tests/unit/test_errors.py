@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from kvmneg import errors
+from kvmneg import client, errors
 from kvmneg.features.difference import Blocker
 
 # kvmneg(1), "EXIT STATUS": 0 yes, 1 no, 2 usage, 3 no usable KVM, 4 daemon not reachable, 5 bad input file,
@@ -46,7 +46,7 @@ def examples() -> list[errors.KvmnegError]:
 @pytest.mark.parametrize("error", examples(), ids=lambda error: type(error).__name__)
 def test_the_client_gets_what_the_daemon_raised(error: errors.KvmnegError) -> None:
     sent = json.loads(json.dumps(error.parameters()))
-    received = errors.from_varlink(error.varlink, sent)
+    received = client._of_family(error.varlink, sent)
     assert type(received) is type(error)
     assert (received.message, received.hint, received.fields) == (error.message, error.hint, error.fields)
     assert received.exit_code == error.exit_code
@@ -56,7 +56,7 @@ def test_the_client_gets_what_the_daemon_raised(error: errors.KvmnegError) -> No
 
 
 def test_an_error_of_a_newer_daemon_is_internal_and_keeps_its_name() -> None:
-    received = errors.from_varlink("org.kvmneg.Unheard", {})
+    received = client._of_family("org.kvmneg.Unheard", {})
     assert type(received) is errors.KvmnegError
     assert received.message == "org.kvmneg.Unheard"
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from strategies import AMD, ARCHITECTURE, CATALOG, INTEL, NAMES, POSSIBLE, feature_sets, raw
 
 from kvmneg import limits
-from kvmneg.errors import Blocked, Breached, KvmnegError, LimitExceeded, UsageError
+from kvmneg.errors import Blocked, Breached, Incompatible, KvmnegError, LimitExceeded, UsageError
 from kvmneg.features import rules, words
 from kvmneg.features.featureset import FeatureSet, fits, meet
 from kvmneg.features.report import Report
-from kvmneg.policy import definitions, negotiation, pinning
+from kvmneg.policy import definitions, negotiation, pinning, pool, vmm
 from kvmneg.policy.contract import Contract
 from kvmneg.policy.fence import Fence
 from kvmneg.policy.negotiation import check, check_request, negotiate
@@ -483,7 +483,8 @@ def test_no_contract_exceeds_the_fence(offer: dict[str, int], other: FeatureSet,
 @given(raw((INTEL, AMD)), feature_sets((INTEL, AMD, None)), REQUESTS)
 def test_any_fence_breaches_or_bounds(offer: dict[str, int], pinned: FeatureSet, request_: Request) -> None:
     report, fence = report_of(offer), Fence(pinned, 1)
-    below = fence.unmet(report.offer)
+    below = fence.unmet(vmm.reach(report))
+    assert not below or fence.unmet(report.offer), "what no VMM gives either"
     try:
         granted = negotiate(request_, report, fence).contract.granted
     except Breached as error:
@@ -496,6 +497,45 @@ def test_any_fence_breaches_or_bounds(offer: dict[str, int], pinned: FeatureSet,
         return
     assert below == ()
     assert fits(granted, report.offer) == () and Fence(granted).unmet(pinned) == ()
+
+
+def test_a_fence_bounds_what_a_vmm_gives_and_may_name_it(intel: Report) -> None:
+    """MSI_EXT_DEST_ID is the VMM's: KVM never offers it. A fence over the host names it, or hides it."""
+    given_ = "kvm-msi-ext-dest-id"
+    request_ = Request(level="x86-64-v2", optional=(given_,), vmm="qemu")
+    assert not intel.offer.field(given_) and intel.offer_words["kvm:split-irqchip"]
+    named, hidden = (Fence(pinning.to_pin(granted, intel), 1) for granted in (vmm.reach(intel), intel.offer))
+    assert named.granted.field(given_) == 1 and hidden.granted.field(given_) == 0
+    assert negotiate(request_, intel, named).contract.granted.field(given_) == 1
+    (blocker,) = negotiate(request_, intel, hidden).not_granted
+    assert (blocker.feature, blocker.cause) == (given_, "fence")
+    # without a VMM it is nobody's to give, and the fence is not breached by that
+    assert negotiate(Request(maximum=True), intel, named).contract.granted.field(given_) == 0
+    # the host can no longer have it given: now it is less than the fence promises
+    less = report_of({**intel.offer_words, "kvm:split-irqchip": 0}, silicon=intel.silicon_words)
+    with pytest.raises(Breached) as caught:
+        negotiate(request_, less, named)
+    assert {blocker.feature for blocker in caught.value.blockers} == {given_, "cap-split-irqchip"}
+
+
+def test_blockers_of_a_pin_say_who_holds_it_back(intel: Report) -> None:
+    """The CPU has RDSEED, and KVM of this kernel does not offer it: nothing that a comparison alone would know."""
+    narrow = without(intel, **{"0x7_0_ebx": 1 << 18})
+    with pytest.raises(Blocked) as caught:
+        pinning.to_pin(intel.offer, narrow)
+    (blocker,) = caught.value.blockers
+    assert (blocker.feature, blocker.wanted_by, blocker.cause) == ("rdseed", "the fence", "kvm")
+    assert "the CPU has it" in blocker.because
+
+
+def test_a_study_over_two_vendors_is_neither_pinned_nor_promised(intel: Report, amd: Report) -> None:
+    study = pool.study([intel, amd])
+    assert study.conflicts and study.field("avx2") == 1
+    for refused in (Fence, Contract, lambda one: pinning.to_pin(one, intel)):
+        with pytest.raises(Incompatible, match="without a common baseline"):
+            refused(study)
+    assert fits(study, intel.offer) and fits(study, amd.offer)
+    assert pool.study([intel, intel]) == pool.baseline([intel])
 
 
 @given(raw(), REQUESTS)
@@ -565,7 +605,8 @@ def test_a_contract_read_back_is_judged_the_same(intel: Report, amd: Report, sof
 
 
 def test_sources(intel: Report) -> None:
-    assert pinning.source("host", intel) == intel.offer
+    assert pinning.source("host", intel) == vmm.reach(intel)
+    assert meet(vmm.reach(intel), intel.offer) == intel.offer
     assert pinning.source("baseline", intel) == intel.offer
     level = negotiate(Request(level="x86-64-v2"), intel).contract.granted
     assert pinning.source("level:x86-64-v2", intel) == level
@@ -593,8 +634,9 @@ def test_no_source_exceeds_the_host(offer: dict[str, int], source: str) -> None:
     except Blocked:
         assert source.startswith("level:")
         return
-    assert meet(granted, report.offer) == granted
-    assert Fence(granted).unmet(report.offer) == ()
+    most = vmm.reach(report) if source == "host" else report.offer
+    assert meet(granted, most) == granted
+    assert negotiation.below(report, Fence(granted)) == ()
 
 
 def test_what_is_pinned_names_its_vendor_and_no_more_than_the_host_has(intel: Report, amd: Report) -> None:
