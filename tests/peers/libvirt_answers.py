@@ -57,7 +57,7 @@ class Live(NamedTuple):
 def ask(version: str, trees: Sequence[Tree], data: Path, folder: Path, *, kvm: bool) -> Live:
     """Start that libvirt, ask it everything, end it. `trees`: libvirt's and, if needed, a QEMU's."""
     cpu_map = CpuMap(trees[0].path("usr/share/libvirt/cpu_map"))
-    with Session([tree.root for tree in trees], folder) as session:
+    with Session([tree.root for tree in trees], folder, kvm=kvm) as session:
         own, own_text = _own(session, cpu_map)
         hosts, texts = {OWN: own}, {OWN: own_text}
         for dump in dumps(data):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""PID 1 of the namespaces in which a libvirtd runs apart: `unshare … python libvirt_init.py FOLDER TREE…`.
+"""PID 1 of the namespaces in which a libvirtd runs apart: `unshare … python libvirt_init.py FOLDER KVM TREE…`.
 
 Lays the unpacked trees under a tmpfs and makes that the root, with device nodes, /proc and configuration of its
 own, so that nothing libvirtd writes or chowns is the machine's; starts libvirtd; reaps what is handed to it (a
@@ -22,8 +22,8 @@ from pathlib import Path
 END = "-- end of call --"
 SOCKET = "/run/libvirt/libvirt-sock"
 START_SECONDS = 20.0
-CALL_SECONDS = 120
-_DEVICES = ("null", "zero", "full", "random", "urandom", "kvm")
+CALL_SECONDS = 60
+_DEVICES = ("null", "zero", "full", "random", "urandom")
 _DRIVERS = "usr/lib/*/libvirt/connection-driver/*.so"
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C"}
 _FILES = {
@@ -52,14 +52,13 @@ def _root(folder: Path, trees: list[str]) -> Path:
     return root
 
 
-def _mounts(root: Path, given: Path) -> None:
+def _mounts(root: Path, given: Path, devices: tuple[str, ...]) -> None:
     """What a root needs besides packages, and the given folder as /in."""
     for name in ("in", "dev", "proc", "sys"):
         (root / name).mkdir(exist_ok=True)
     _mount("-t", "tmpfs", "-o", "mode=0755", "none", str(root / "dev"))
-    for name in _DEVICES:
-        if os.path.exists(f"/dev/{name}"):  # there may be no KVM
-            os.mknod(root / "dev" / name, 0o666 | stat.S_IFCHR, os.stat(f"/dev/{name}").st_rdev)
+    for name in devices:
+        os.mknod(root / "dev" / name, 0o666 | stat.S_IFCHR, os.stat(f"/dev/{name}").st_rdev)
     _mount("-t", "proc", "none", str(root / "proc"))
     _mount("--bind", "/sys", str(root / "sys"))
     _mount("-o", "remount,bind,ro", str(root / "sys"))
@@ -135,8 +134,9 @@ def main() -> int:
     folder = Path(sys.argv[1])
     given = folder / "in"
     base = folder / "base"
-    root = _root(base, sys.argv[2:])
-    _mounts(root, given)
+    root = _root(base, sys.argv[3:])
+    # a /dev/kvm that QEMU cannot use makes libvirt ask QEMU again at each call
+    _mounts(root, given, (*_DEVICES, "kvm") if sys.argv[2] == "kvm" else _DEVICES)
     os.chroot(root)
     os.chdir("/")
     _files()

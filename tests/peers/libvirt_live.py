@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A libvirtd that runs apart (libvirt_init.py), asked by its own virsh; Debian's versions, unpacked side by side.
 
-    with Session([tree.root, …], folder) as libvirt:
+    with Session([tree.root, …], folder, kvm=False) as libvirt:
         path = libvirt.give("cpus.xml", text)
         replies = libvirt.ask([f"cpu-baseline --features {path}", …])
 
@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 from xml.etree import ElementTree as ET
 
 INIT = Path(__file__).with_name("libvirt_init.py")
-SECONDS = 120.0
+SECONDS = 60.0
 END = "-- end of call --"  # libvirt_init.END
 _NEXT = "==next-command=="  # virsh puts no end of line after what it echoes
 _BYTES = 100_000  # of one argument, of which Linux takes 128 KiB (MAX_ARG_STRLEN)
@@ -53,7 +53,7 @@ class Reply(NamedTuple):
 class Session:
     """One running libvirtd and who asks it."""
 
-    def __init__(self, roots: Sequence[Path], folder: Path) -> None:
+    def __init__(self, roots: Sequence[Path], folder: Path, *, kvm: bool) -> None:
         self._given = folder / "in"
         self._given.mkdir()
         (folder / "base").mkdir()
@@ -61,7 +61,15 @@ class Session:
         unshare = ["unshare", *_NAMESPACES, "--fork", "--kill-child"]
         with self._faults.open("wb") as faults:
             self._process: subprocess.Popen[str] = subprocess.Popen(
-                [*unshare, sys.executable, "-I", str(INIT), str(folder), *map(str, roots)],
+                [
+                    *unshare,
+                    sys.executable,
+                    "-I",
+                    str(INIT),
+                    str(folder),
+                    "kvm" if kvm else "-",
+                    *map(str, roots),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=faults,
