@@ -42,6 +42,7 @@ REPORT_BYTES = 8 * 1024 * 1024
 FENCE_BYTES = 1024 * 1024
 CONTRACT_BYTES = 1024 * 1024
 WORDS = 4096  # in one feature set
+REGISTERS = 8192  # arm64 register ids in one report; KVM lists some 400
 REPORTS_PER_BASELINE = 100_000
 
 # the host

@@ -25,6 +25,6 @@ for extension in build/kvmneg/_libkvmneg*.so; do
     put "$extension" kvmneg
 done
 ninja -C build
-for module in build/kvmneg/_x86_64.py build/kvmneg/_x86_64_names.py; do
+for module in build/kvmneg/_{x86_64,arm64}{,_names}.py; do
     put "$module" kvmneg/features/catalog
 done

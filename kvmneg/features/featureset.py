@@ -254,6 +254,9 @@ def _meet_many(sets: list[FeatureSet]) -> FeatureSet:
             one._packed = places.pack(one.words, [conflict.word for conflict in one.conflicts])
         packed.append(one._packed)
     met, unequal = places.unpack(places.meet(packed))
+    for word, field in places.odd:
+        values = {one.words.get(word, field.bottom) >> field.shift & field.mask for one in sets}
+        met[word] = met.get(word, 0) | reduce(field.meet, values) << field.shift
     conflicts = _meet_equal(catalog, sets, met) if unequal else ()
     return FeatureSet(architecture, _closed(catalog, met), conflicts)
 

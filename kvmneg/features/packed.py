@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     Packed: TypeAlias = tuple[int, int]  # bits, numbers with every guard set
 
 _LOW = 0xFFFF_FFFF
-_SAME = frozenset((rules.EQUAL, rules.EQUAL_OR_DROP))
+_SAME = rules.EQUAL_OR_SAFE | {rules.EQUAL}
 _IN_BITS = _SAME | {rules.VMX_CONTROLS}
+_ODD = rules.PREFIX  # the order of a tree, which no product of numbers and bits has
 _CODES = ((8, "B"), (16, "H"), (32, "I"), (64, "Q"))  # of struct: the least that holds a word's judged bits
 _KEPT_RANKS = 4096  # combinations of the numbers whose rank is no plain number
 
@@ -60,10 +61,17 @@ def _orders(rule: str, width: int) -> tuple[_Order, ...]:
     mask = (1 << width) - 1
     if rule == rules.MINIMUM:
         return ()
-    if rule == rules.MINIMUM_NONZERO:  # 0 is no limit: above all
-        return (_Order(width, lambda value: value - 1 & mask, lambda rank: rank + 1 & mask),)
-    if rule == rules.MAXIMUM:  # the largest is the lowest, but for 0, which is none at all
-        return (_Order(width, lambda value: -value & mask, lambda rank: -rank & mask),)
+    simple: dict[str, tuple[Callable[[int], int], Callable[[int], int]]] = {
+        # 0 is no limit: above all
+        rules.MINIMUM_NONZERO: (lambda value: value - 1 & mask, lambda rank: rank + 1 & mask),
+        # the largest is the lowest, but for 0, which is none at all
+        rules.MAXIMUM: (lambda value: -value & mask, lambda rank: -rank & mask),
+        rules.HIGHEST: (lambda value: ~value & mask, lambda rank: ~rank & mask),
+        # -1 is the lowest, and what is less the same
+        rules.SIGNED_MINIMUM: (lambda value: value + 1 if value < 8 else 0, lambda rank: rank - 1 & mask),
+    }
+    if rule in simple:
+        return (_Order(width, *simple[rule]),)
     if rule == rules.LOWEST:  # 9 bits of family, 8 of model, the signature
         return (_Order(49, _signature_rank, lambda rank: rank & _LOW),)
     if rule == rules.VERSION_RANGE:  # the highest of the lowest versions, the lowest of the highest
@@ -129,13 +137,20 @@ class Layout:
     __slots__ = (
         "_bits_end", "_bottoms", "_equal", "_flip", "_groups", "_guards", "_keep", "_lanes", "_numbers_end",
         "_plain", "_plain_odd", "_ranges", "_ranked", "_ranks", "_same", "_same_mask", "_same_start",
-        "_single", "_struct", "_words",
+        "_single", "_struct", "_words", "odd",
     )  # fmt: skip
 
     def __init__(self, catalog: Catalog) -> None:
         buffer = _Buffer()
         self._place_bits(catalog, buffer)
         self._place_numbers(catalog, buffer)
+        # (word, field) of what is met outside: see FeatureSet
+        self.odd = [
+            (word, field)
+            for word, rule in catalog.words.items()
+            for field in rule.fields
+            if field.rule == _ODD
+        ]
         self._ranges = [(word, field) for word, rule in catalog.words.items() for field in rule.ranges]
         # of the words that are one value together, the one that is dropped for all
         self._groups = {word: lead for lead, others in catalog.groups for word in others}
@@ -177,7 +192,7 @@ class Layout:
         rows: tuple[list[_Place], list[_Place]] = [], []
         ranked: list[tuple[str, Field]] = []
         for rule in catalog.words.values():
-            numbers = [field for field in rule.fields if field.rule not in _IN_BITS]
+            numbers = [field for field in rule.fields if field.rule not in _IN_BITS and field.rule != _ODD]
             plain = [field for field in numbers if field.rule == rules.MINIMUM]
             place = buffer.add(rule, spare=1) - self._bits_end if plain else 0
             for number, field in enumerate(sorted(plain, key=lambda field: field.shift)):
@@ -258,8 +273,10 @@ class Layout:
             elif one.field.rule == rules.EQUAL:
                 if value & twin != one.mask:
                     conflicts.append(one.word)
-            elif one.word in self._groups:
-                dropped.append(self._groups[one.word])
+            else:
+                found[one.word] |= one.field.bottom << one.field.shift
+                if one.word in self._groups:
+                    dropped.append(self._groups[one.word])
         # whole words; what is built on them, and the others of the group, go when the set is closed
         found.update(dict.fromkeys(dropped, 0))
         for lane in self._lanes.values():

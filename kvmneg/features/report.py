@@ -8,6 +8,7 @@ values that make no sense stay visible; only the canonical `offer` and `accept` 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from sys import intern
 
 from kvmneg import limits
@@ -29,11 +30,14 @@ class Report:
     `offer_words`, `accept_words`, `silicon_words` are raw word → value maps; `accept_words` holds only what
     differs from the offer. `measured`: at, by, host, source ("kvm", "recorded", or an importer's name).
     `combo`: everything that moves a measurement. `enforcement`: words that are not honoured, with the grade.
+
+    Of arm64 only: `settable_words`, the bits of registers that user space can change before the first run, proven by
+    trial; `dropped_words`, bits of which a write was accepted and changed nothing; `registers`, KVM's list of ids.
     """
 
     __slots__ = (
-        "_accepting", "_canonical", "_offer", "accept_words", "architecture", "combo", "enforcement", "identity",
-        "measured", "offer_words", "silicon_words",
+        "_accepting", "_canonical", "_offer", "accept_words", "architecture", "combo", "dropped_words", "enforcement",
+        "identity", "measured", "offer_words", "registers", "settable_words", "silicon_words",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +51,9 @@ class Report:
         accept: dict[str, int] | None = None,
         silicon: dict[str, int] | None = None,
         enforcement: dict[str, str] | None = None,
+        settable: dict[str, int] | None = None,
+        dropped: dict[str, int] | None = None,
+        registers: tuple[int, ...] = (),
     ) -> None:
         self.architecture = architecture
         self.measured = measured
@@ -56,6 +63,9 @@ class Report:
         self.accept_words = accept or {}
         self.silicon_words = silicon or {}
         self.enforcement = enforcement or {}
+        self.settable_words = settable or {}
+        self.dropped_words = dropped or {}
+        self.registers = registers
         self._offer: FeatureSet | None = None
         self._accepting: Report | None = None
         self._canonical: bytes | None = None
@@ -90,6 +100,9 @@ class Report:
                 offer={**self.offer_words, **self.accept_words},
                 silicon=self.silicon_words,
                 enforcement=self.enforcement,
+                settable=self.settable_words,
+                dropped=self.dropped_words,
+                registers=self.registers,
             )
         return self._accepting
 
@@ -113,6 +126,9 @@ class Report:
             "accept": _texts(self.accept_words),
             "silicon": _texts(self.silicon_words),
             "enforcement": self.enforcement,
+            "settable": _texts(self.settable_words),
+            "dropped": _texts(self.dropped_words),
+            "registers": [f"{register:#x}" for register in self.registers],
         }
         document.update((key, value) for key, value in optional.items() if value)
         return document
@@ -157,6 +173,9 @@ class Report:
             accept=_values(document, "accept", file),
             silicon=_values(document, "silicon", file),
             enforcement=_strings(document, "enforcement", file),
+            settable=_values(document, "settable", file),
+            dropped=_values(document, "dropped", file),
+            registers=_registers(document, file),
         )
 
     @classmethod
@@ -261,3 +280,19 @@ def _values(document: dict[str, Any], name: str, file: str) -> dict[str, int]:
         return {intern(words.check(word)): words.parse_value(word, text) for word, text in section.items()}
     except BadInput as error:
         raise BadInput(f"{name}: {error.message}", file=file, hint=error.hint) from None
+
+
+def _registers(document: dict[str, Any], file: str) -> tuple[int, ...]:
+    """KVM_GET_REG_LIST of a document: ids in ascending order, each once."""
+    section = document.get("registers", [])
+    if not isinstance(section, list):
+        raise BadInput("registers is not a JSON list", file=file)
+    if len(section) > limits.REGISTERS:
+        raise BadInput(f"registers has more than {limits.REGISTERS} ids", file=file)
+    try:
+        found = tuple(words.parse_register(text) for text in section)
+    except ValueError as error:
+        raise BadInput(f"registers: {error}", file=file) from None
+    if any(before >= after for before, after in pairwise(found)):
+        raise BadInput("registers are not in their order, each once", file=file)
+    return found

@@ -26,6 +26,12 @@ EQUAL_OR_DROP = "equal-or-drop"
 LOWEST = "lowest"
 VERSION_RANGE = "version-range"
 VMX_CONTROLS = "vmx-controls"
+SIGNED_MINIMUM = "signed-minimum"
+HIGHEST = "highest"
+EQUAL_OR_ONE = "equal-or-one"
+EQUAL_OR_TWO = "equal-or-two"
+MATCH = "match"
+PREFIX = "prefix"
 DERIVED = "derived"
 TOPOLOGY = "topology"
 DYNAMIC = "dynamic"
@@ -34,7 +40,10 @@ REPORTED = "reported"
 
 BITWISE = frozenset((AND, OR, HINT))
 # A value of these holds two limits and can contradict itself: meeting it with itself then gives the bottom.
-RANGES = frozenset((VERSION_RANGE, VMX_CONTROLS))
+# So can a signed field below -1: that is less than "not there", and becomes it.
+RANGES = frozenset((VERSION_RANGE, VMX_CONTROLS, SIGNED_MINIMUM))
+# Equal everywhere, or the safe value, which is the bottom.
+EQUAL_OR_SAFE = frozenset((EQUAL_OR_DROP, EQUAL_OR_ONE, EQUAL_OR_TWO, MATCH))
 # Never merged: recomputed, the VMM's, the guest's own doing, a constant, or only for the record.
 UNMERGED = frozenset((DERIVED, TOPOLOGY, DYNAMIC, POLICY, REPORTED))
 
@@ -100,6 +109,30 @@ def signature_key(signature: int) -> tuple[int, int, int]:
     if family == 0xF:
         family += signature >> 20 & 0xFF
     return family, model, signature
+
+
+def _equal_or(
+    safe: int,
+) -> tuple[Callable[[int, int], int], Callable[[int, int], bool], Callable[[int], int]]:
+    """meet, fits and bottom of a field that is the same everywhere or has its safe value."""
+    return lambda a, b: a if a == b else safe, lambda g, h: g in (safe, h), lambda bits: safe
+
+
+_NONE = 0xF  # -1 of the 4 bits that every signed field of arm64's ID registers has
+
+
+def _signed(value: int) -> int:
+    return value if value < 8 else -1
+
+
+def _signed_minimum(a: int, b: int) -> int:
+    return min(_signed(a), _signed(b)) & _NONE
+
+
+def _prefix(a: int, b: int) -> int:
+    """Of two sets of lengths, what both have below the first length on which they differ."""
+    differ = a ^ b
+    return a & (differ & -differ) - 1 if differ else a
 
 
 def _lowest(a: int, b: int) -> int:
@@ -168,6 +201,27 @@ RULES: dict[str, Rule] = {
     VERSION_RANGE: Rule("the versions every host has", _version_range, _version_range_fits, _zero),
     VMX_CONTROLS: Rule(
         "must-be-1 joined, may-be-1 met; a clash has no baseline", _vmx_controls, _vmx_controls_fit, _zero
+    ),
+    SIGNED_MINIMUM: Rule(
+        "the smallest of the pool, of 4 bits with a sign: 0 means present, -1 (0xf) absent",
+        _signed_minimum,
+        lambda g, h: _signed_minimum(g, h) == _signed(g) & _NONE,
+        _ones,
+    ),
+    HIGHEST: Rule("the largest of the pool: less is promised to guests", max, lambda g, h: g >= h, _ones),
+    EQUAL_OR_ONE: Rule("the same on every host, else 1, which promises nothing", *_equal_or(1)),
+    EQUAL_OR_TWO: Rule("the same on every host, else 2, which promises least", *_equal_or(2)),
+    MATCH: Rule(
+        "must be the same on every host; where KVM can be told, it is told",
+        _equal_or_drop,
+        lambda g, h: True,
+        _zero,
+    ),
+    PREFIX: Rule(
+        "lengths that every host has, up to the first that one lacks",
+        _prefix,
+        lambda g, h: _prefix(g, h) == g,
+        _zero,
     ),
 }
 

@@ -9,6 +9,7 @@ A word is one register value as KVM addresses it:
     kvm:exit-hypercall         what KVM_CHECK_EXTENSION(KVM_CAP_EXIT_HYPERCALL) answers: 32 bits
     tap:features, vhost-net:features   masks of /dev/net/tun and /dev/vhost-net: 64 bits
     arm64:0x6030000000160000   a KVM_GET_ONE_REG id: 64 bits
+    arm:vcpu-features          what KVM_ARM_VCPU_INIT, the vGIC and the SMCCC filter take: 64 bits
 
 KVM's own paravirtual leaf is always written as based at 0x40000000: a guest that has Hyper-V's leaves
 besides finds it at 0x40000100, a reader of guest CPUID finds its base by the signature.
@@ -23,7 +24,16 @@ ARM64 = "arm64"
 ARCHITECTURES = (X86_64, ARM64)
 
 REGISTERS = ("eax", "ebx", "ecx", "edx")
-_WIDTHS = {"cpuid": 32, "hyperv": 32, "kvm": 32, "msr": 64, "tap": 64, "vhost-net": 64, "arm64": 64}
+_WIDTHS = {
+    "cpuid": 32,
+    "hyperv": 32,
+    "kvm": 32,
+    "msr": 64,
+    "tap": 64,
+    "vhost-net": 64,
+    "arm64": 64,
+    "arm": 64,
+}
 KINDS = tuple(_WIDTHS)
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 _NAME_CHARACTERS = 40  # what the binary contract has room for, kind included
@@ -84,6 +94,19 @@ def parse_msr(word: str) -> int:
     if kind != "msr" or index is None or index >= 1 << 32:
         raise ValueError(f"not an MSR word: {word!r}")
     return index
+
+
+def register_word(register: int) -> str:
+    """The address of one arm64 register, by its id of KVM_GET_ONE_REG."""
+    return f"arm64:{register:#x}"
+
+
+def parse_register(text: object) -> int:
+    """A register's id from a document, like "0x6030000000160000". Raises ValueError on anything else."""
+    register = _hexadecimal(text) if isinstance(text, str) else None
+    if register is None or register >= 1 << 64:
+        raise ValueError(f"{brief(text)} is no register's id")
+    return register
 
 
 def check(word: str) -> str:

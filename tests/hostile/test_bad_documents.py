@@ -65,7 +65,7 @@ def test_another_document_is_no_report(form: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "architecture", [None, 1, "", "riscv64", "x86_64_names", "arm64", [], {}, ["x86_64"]]
+    "architecture", [None, 1, "", "riscv64", "x86_64_names", "arm64_names", [], {}, ["x86_64"]]
 )
 def test_another_architecture_is_refused(architecture: object) -> None:
     assert "arm64" in refused(changed(architecture=architecture)).message

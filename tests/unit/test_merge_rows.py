@@ -90,4 +90,5 @@ def test_a_guest_fits_a_host_in_the_order_of_the_rule(row: dict[str, Any]) -> No
 
 
 def test_every_rule_that_merges_has_its_order_checked() -> None:
-    assert {row["rule"] for row in FITS} == set(rules.RULES)
+    used = {feature.rule for feature in catalog.names("x86_64").by_name.values()}
+    assert {row["rule"] for row in FITS} == set(rules.RULES) & used

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import AMD, ARCHITECTURE, CATALOG, FULL, INTEL, any_vendor, feature_sets, numbers, raw
 
-from kvmneg.features import featureset, packed, rules
+from kvmneg.features import catalog, featureset, packed, rules
 from kvmneg.features.featureset import FeatureSet, diff, meet, meet_all
 
 if TYPE_CHECKING:
@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 LAYOUT = packed.layout(ARCHITECTURE)
 MANY = featureset._MANY
 INTEL_WORDS = dict(zip(CATALOG.equal_words, INTEL, strict=True))
+ARM64 = catalog.load("arm64")
+# every number of x86, and those of arm64 whose rule x86 has not
 FIELDS = [
-    pytest.param(word, field, id=f"{word}[{field.shift}]-{field.rule}")
-    for word, rule in CATALOG.words.items()
+    pytest.param(one.architecture, word, field, id=f"{word}[{field.shift}]-{field.rule}")
+    for one in (CATALOG, ARM64)
+    for word, rule in one.words.items()
     for field in rule.fields
-]
+    if one is CATALOG or field.rule in ("signed-minimum", "highest", "equal-or-one", "equal-or-two")
+    or word == "arm64:0x603000000013c000"
+]  # fmt: skip
 
 
 def in_bulk(sets: list[FeatureSet]) -> FeatureSet:
@@ -47,18 +52,19 @@ def test_sets_that_met_before_are_met_again_with_others(hosts: list[dict[str, in
     assert {conflict.word for conflict in again.conflicts} >= {conflict.word for conflict in first.conflicts}
 
 
-@pytest.mark.parametrize(("word", "field"), FIELDS)
-def test_each_number_meets_as_its_rule_says(word: str, field: Field) -> None:
+@pytest.mark.parametrize(("architecture", "word", "field"), FIELDS)
+def test_each_number_meets_as_its_rule_says(architecture: str, word: str, field: Field) -> None:
     """By its place alone, nothing closed: also the numbers of features that few sets keep."""
-    rule = CATALOG.words[word]
+    rule = catalog.load(architecture).words[word]
+    layout = packed.layout(architecture)
     others = rule.bottom & ~(field.mask << field.shift)
 
     @settings(max_examples=25)
     @given(st.lists(numbers(field.rule, field.width), min_size=1, max_size=5))
     def check(values: list[int]) -> None:
         wholes = [others | value << field.shift for value in values]
-        sets = [LAYOUT.pack({word: whole} if whole != rule.bottom else {}) for whole in wholes]
-        found, conflicts = LAYOUT.unpack(LAYOUT.meet(sets))
+        sets = [layout.pack({word: whole} if whole != rule.bottom else {}) for whole in wholes]
+        found, conflicts = layout.unpack(layout.meet(sets))
         differ = field.rule == rules.EQUAL and len({*values} - {0}) > 1
         assert conflicts == ([word] if differ else [])
         expected = 0 if differ else reduce(field.meet, [field.meet(value, value) for value in values])
@@ -98,7 +104,11 @@ def test_a_number_that_falls_with_every_set_ends_at_the_smallest() -> None:
 
 
 def test_every_rule_that_merges_has_its_place() -> None:
-    assert {field.values[1].rule for field in FIELDS} | rules.BITWISE == set(rules.RULES)
+    placed = {field.values[2].rule for field in FIELDS} | rules.BITWISE
+    assert placed == set(rules.RULES) - {rules.PREFIX}
+    assert [word for word, _field in packed.layout("arm64").odd] == [
+        "arm64:0x606000000015ffff"
+    ]  # which is met outside
 
 
 def test_a_rule_without_an_order_is_refused() -> None:

@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import NAMES, numbers
 
-from kvmneg.features import rules
+from kvmneg.features import catalog, rules
 from kvmneg.features.rules import RULES
 
-WIDTHS = {rules.VMX_CONTROLS: 64, rules.VERSION_RANGE: 16, rules.LOWEST: 32, rules.EQUAL: 32}
+WIDTHS = {
+    rules.VMX_CONTROLS: 64, rules.VERSION_RANGE: 16, rules.LOWEST: 32, rules.EQUAL: 32, rules.SIGNED_MINIMUM: 4,
+    rules.PREFIX: 16,
+}  # fmt: skip
 # Of a field that must be equal 0 is "not known"; two that differ are a conflict, which feature sets keep.
 LATTICES = sorted(set(RULES) - {rules.EQUAL})
 
@@ -56,7 +59,7 @@ def test_fits_is_reflexive_transitive_and_the_order_of_meet(case: tuple[str, int
     fits = RULES[rule].fits
     assert fits(a, a)
     assert fits(a, c) or not (fits(a, b) and fits(b, c))
-    if rule not in (rules.HINT, rules.LOWEST):  # which fit everywhere: they never block
+    if rule not in (rules.HINT, rules.LOWEST, rules.MATCH):  # which fit everywhere: they never block
         assert fits(a, b) == (RULES[rule].meet(a, b) == a)
     else:
         assert fits(a, b)
@@ -104,6 +107,21 @@ VECTORS = [
     (rules.VMX_CONTROLS, 0x7F_0000_0016, 0x3F_0000_0012, 0x3F_0000_0016, False),
     (rules.VMX_CONTROLS, 0x3F_0000_0016, 0x7F_0000_0012, 0x3F_0000_0016, True),
     (rules.VMX_CONTROLS, 0x16_0000_0016, 0x7F_0000_0001, 0, False),  # bit 0 must be 1 there, may not be here
+    (rules.SIGNED_MINIMUM, 0x0, 0xF, 0xF, False),  # floating point, and none
+    (rules.SIGNED_MINIMUM, 0xF, 0x1, 0xF, True),
+    (rules.SIGNED_MINIMUM, 0x1, 0x0, 0x0, False),  # half precision too, and not
+    (rules.HIGHEST, 0, 1, 1, False),  # speculation never ends in an SError, and may
+    (rules.HIGHEST, 1, 0, 1, True),
+    (rules.EQUAL_OR_ONE, 2, 3, 1, False),  # granules at stage 2: two kinds, and none is promised
+    (rules.EQUAL_OR_ONE, 1, 0, 1, True),
+    (rules.EQUAL_OR_ONE, 2, 2, 2, True),
+    (rules.EQUAL_OR_TWO, 3, 2, 2, False),  # PIPT and VIPT
+    (rules.EQUAL_OR_TWO, 2, 3, 2, True),
+    (rules.MATCH, 0x413FD0C1, 0x411FD401, 0, True),  # Neoverse N1 and V1: kvmneg.policy.levelling refuses
+    (rules.MATCH, 0x413FD0C1, 0x413FD0C1, 0x413FD0C1, True),
+    (rules.PREFIX, 0b1011, 0b1111, 0b0011, False),  # 128, 256, 512 and 128 to 512: 384 tells them apart
+    (rules.PREFIX, 0b0011, 0b1011, 0b0011, True),
+    (rules.PREFIX, 0b1000, 0b1011, 0, False),  # a hole at 128, which the host has
 ]
 
 
@@ -115,12 +133,14 @@ def test_vectors(rule: str, a: int, b: int, met: int, fit: bool) -> None:
 
 def test_every_rule_has_a_vector_and_a_feature() -> None:
     assert {vector[0] for vector in VECTORS} == set(LATTICES)
-    assert {feature.rule for feature in NAMES.by_name.values()} == set(rules.MEANING)
+    tables = [NAMES, catalog.names("arm64")]
+    assert {feature.rule for table in tables for feature in table.by_name.values()} == set(rules.MEANING)
     assert set(rules.MEANING) == set(RULES) | rules.UNMERGED
 
 
 @pytest.mark.parametrize(
-    ("value", "rule"), [(0x1_0000_0016, rules.VMX_CONTROLS), (0x0102, rules.VERSION_RANGE)]
+    ("value", "rule"),
+    [(0x1_0000_0016, rules.VMX_CONTROLS), (0x0102, rules.VERSION_RANGE), (0xE, rules.SIGNED_MINIMUM)],
 )
 def test_a_range_that_contradicts_itself_is_nothing(value: int, rule: str) -> None:
     assert RULES[rule].meet(value, value) == RULES[rule].bottom(width_of(rule))

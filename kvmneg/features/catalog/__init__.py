@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from kvmneg.features.catalog.controls import Control
 
 
-# a value of these can contradict itself: nothing lies between its two ends
-_RANGES = frozenset((rules.VERSION_RANGE, rules.VMX_CONTROLS))
-
-
 _WIDEST = (1 << 64) - 1  # no word has more bits
 _LONGEST_NAME = 64  # of what is looked up when a name is mistyped: comparing costs time by length
 
@@ -178,8 +174,8 @@ class Feature:
     """What people call one field. `requires` as in the table; aliases are "" where the tool has none."""
 
     __slots__ = (
-        "libvirt", "linux", "name", "qemu", "requires", "rule", "shift", "title", "vendor", "why", "width",
-        "withheld", "word",
+        "libvirt", "linux", "name", "qemu", "requires", "rule", "settable", "shift", "title", "vendor", "why",
+        "width", "withheld", "word",
     )  # fmt: skip
 
     def __init__(self, row: tuple[Any, ...]) -> None:
@@ -196,9 +192,10 @@ class Feature:
         self.linux: str
         self.libvirt: str
         self.vendor: str
+        self.settable: str  # arm64: the upstream kernel from which user space can set it, and what it takes
         (
             self.name, self.word, self.shift, self.width, self.rule, self.requires, self.title, self.why,
-            self.withheld, self.qemu, self.linux, self.libvirt, self.vendor,
+            self.withheld, self.qemu, self.linux, self.libvirt, self.vendor, self.settable,
         ) = row  # fmt: skip
 
     @property
@@ -326,4 +323,4 @@ def names(architecture: str) -> Names:
 
 def available() -> tuple[str, ...]:
     """The architectures this build has a catalogue for."""
-    return ("x86_64",)
+    return ("x86_64", "arm64")

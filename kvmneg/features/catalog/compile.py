@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _WORD_KEYS = ("rule", "why", "controls")
-_TEXT_KEYS = ("title", "why", "withheld", "qemu", "linux", "libvirt", "vendor")
+_TEXT_KEYS = ("title", "why", "withheld", "qemu", "linux", "libvirt", "vendor", "settable")
 _FEATURE_KEYS = frozenset(
     ("bit", "bits", "rule", "requires", "value", "unset", "with", "default1", *_TEXT_KEYS)
 )
@@ -27,7 +27,7 @@ _REQUIREMENT = re.compile(r"(?P<absent>!?)(?P<name>[a-z0-9.-]+)(?:>=(?P<least>0x
 _NAME = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
 _LEAF = r"(?:cpuid|hyperv):0x(?:0|[1-9a-f][0-9a-f]{0,7})"
 _SUBLEAF = rf"{_LEAF}\.(?:0|[1-9][0-9]*)"
-_REST = r"(?:msr|arm64):0x(?:0|[1-9a-f][0-9a-f]*)|(?:kvm|tap|vhost-net):[a-z0-9-]+"
+_REST = r"(?:msr|arm64):0x(?:0|[1-9a-f][0-9a-f]*)|(?:kvm|tap|vhost-net|arm):[a-z0-9-]+"
 _WORD = re.compile(rf"{_SUBLEAF}\.e[abcd]x|{_REST}")
 _WHOLE = re.compile(rf"{_LEAF}|{_SUBLEAF}|{_SUBLEAF}\.e[abcd]x|{_REST}")
 
@@ -44,8 +44,20 @@ def _sibling(name: str) -> Any:
 
 rules = _sibling("rules")
 # A field of these cannot be a base: less of it may be more (0 is "no limit"), or it is never merged.
-_NO_BASE = frozenset((rules.EQUAL, rules.MINIMUM_NONZERO, rules.LOWEST)) | rules.UNMERGED
-_WIDTHS = {"cpuid": 32, "hyperv": 32, "kvm": 32, "msr": 64, "tap": 64, "vhost-net": 64, "arm64": 64}
+_NO_BASE = rules.UNMERGED | {
+    rules.EQUAL, rules.MINIMUM_NONZERO, rules.LOWEST, rules.SIGNED_MINIMUM, rules.HIGHEST, rules.EQUAL_OR_ONE,
+    rules.EQUAL_OR_TWO, rules.MATCH,
+}  # fmt: skip
+_WIDTHS = {
+    "cpuid": 32,
+    "hyperv": 32,
+    "kvm": 32,
+    "msr": 64,
+    "tap": 64,
+    "vhost-net": 64,
+    "arm64": 64,
+    "arm": 64,
+}
 
 
 class CatalogError(Exception):
@@ -112,6 +124,8 @@ def _check(feature: Feature, place: str, limit: int) -> None:
         raise CatalogError(f"{place}: VMX controls are 64 bits, must-be-1 and may-be-1")
     if rule == rules.VERSION_RANGE and feature.width != 16:
         raise CatalogError(f"{place}: a range of versions is 16 bits, the highest and the lowest")
+    if rule == rules.SIGNED_MINIMUM and feature.width != 4:
+        raise CatalogError(f"{place}: a field with a sign is 4 bits")
     if rule not in rules.BITWISE and rule not in rules.UNMERGED and "." in feature.name:
         raise CatalogError(f"{place}: a number's name has no dot: fences write WORD.NAME = N")
     if (rule == rules.POLICY) != ("value" in row):
