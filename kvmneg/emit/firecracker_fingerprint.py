@@ -32,14 +32,16 @@ _MAKE = "make it with `cpu-template-helper fingerprint dump`"
 def read(data: bytes, measured: Measured) -> Report:
     """The report of a fingerprint, compressed or not.
 
-    Raises BadInput, naming file and line, for an element that is not a fingerprint's; also for arm64's.
+    Raises BadInput, naming file and line, for an element that is not a fingerprint's.
     """
     document = Element.loads(_unpacked(data, measured.file), measured.file)
     config = document.find("guest_cpu_config")
     if config is None:
         raise document.wrong("no fingerprint: it has no 'guest_cpu_config'", _MAKE)
     if config.find("reg_modifiers") is not None:
-        raise config.wrong("a fingerprint of arm64, for which this build has no catalogue")
+        from kvmneg.emit import firecracker_arm64
+
+        return firecracker_arm64.report(config, _combo(document), measured)
     offer = placed(_leaves(config.member("cpuid_modifiers"), measured.file))
     offer |= _msrs(config.member("msr_modifiers"))
     return Report(
@@ -85,7 +87,7 @@ def _leaves(modifiers: Element, file: str) -> Leaves:
     for modifier in modifiers.items():
         leaf, subleaf = (_address(modifier.member(name)) for name in ("leaf", "subleaf"))
         registers = {
-            row.member("register").text(): _bitmap(row.member("bitmap"), 32)
+            row.member("register").text(): bitmap(row.member("bitmap"), 32)
             for row in modifier.member("modifiers").items()
         }
         if sorted(registers) != sorted(words.REGISTERS):
@@ -106,7 +108,7 @@ def _msrs(modifiers: Element) -> dict[str, int]:
     found: dict[str, int] = {}
     for modifier in modifiers.items():
         word = words.msr_word(_address(modifier.member("addr")))
-        value = _bitmap(modifier.member("bitmap"), 64)
+        value = bitmap(modifier.member("bitmap"), 64)
         if word in found:
             raise modifier.wrong(f"{word} is there twice")
         if word in known:
@@ -121,7 +123,8 @@ def _address(element: Element) -> int:
         raise element.wrong(f"{element.value!r} is not a 32-bit number like '0x1'") from None
 
 
-def _bitmap(element: Element, bits: int) -> int:
+def bitmap(element: Element, bits: int) -> int:
+    """A number written "0b…" with at most `bits` digits. Raises BadInput."""
     text = element.text()
     digits = text.removeprefix("0b")
     if digits == text or not 1 <= len(digits) <= bits or not set(digits) <= {"0", "1"}:

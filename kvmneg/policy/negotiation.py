@@ -60,7 +60,21 @@ def _bounded(report: Report, fence: Fence | None, offer: FeatureSet) -> FeatureS
             [reasons.unfit(blocker, report, "the fence") for blocker in found],
             hint="bring back what changed (kernel, microcode, module parameters), or pin a lower fence",
         )
-    return meet(offer, fence.granted)
+    met = meet(offer, fence.granted)
+    if met.architecture == words.ARM64:
+        from kvmneg.policy import levelling  # see _unreachable
+
+        return levelling.bounded(offer, fence.granted, met)
+    return met
+
+
+def _unreachable(granted: FeatureSet, report: Report, wanted_by: str) -> list[Blocker]:
+    """arm64: what this host's kernel cannot be told to show as `granted` has it."""
+    if granted.architecture != words.ARM64:
+        return []
+    from kvmneg.policy import levelling  # x86 shows guests whatever it is told
+
+    return levelling.unreachable(granted, report, wanted_by)
 
 
 def below(report: Report, fence: Fence) -> tuple[Blocker, ...]:
@@ -105,8 +119,10 @@ def _answer(
     blockers = [
         reasons.missing(feature, wanted.by(feature), granted, host, fence, seen=seen) for feature in missing
     ]
+    wanted_by = "the fence" if fence else request.describe()
+    blockers += _unreachable(granted, report, wanted_by)
     if seen is not None:
-        blockers += _refused(granted, seen, "the fence" if fence else request.describe())
+        blockers += _refused(granted, seen, wanted_by)
     if blockers:
         count = f"{len(blockers)} of the required features" if len(blockers) > 1 else blockers[0].feature
         raise Blocked(f"{count} cannot be given on {report.host}", _sorted(blockers))
@@ -137,7 +153,8 @@ def check(contract: Contract, report: Report, vmm: str | None = None) -> tuple[B
     blockers = [reasons.unfit(blocker, there, "the contract", seen) for blocker in found]
     if seen is not None:
         blockers = _sorted([*blockers, *_refused(contract.granted, seen, "the contract")])
-    return (*coverage.blockers(report), *blockers)
+    blockers += _unreachable(contract.granted, there, "the contract")
+    return (*coverage.blockers(report), *_sorted(blockers))
 
 
 def _refused(granted: FeatureSet, seen: Through, wanted_by: str) -> list[Blocker]:
@@ -169,7 +186,13 @@ class _Wanted:
         self.names = catalogs.names(architecture)
         boot = definitions.Boot(architecture)
         self.request = request
+        # arm64: an ID register is shown as it is but for what is set, so what is not asked for is not taken away
+        whole = architecture == words.ARM64
+        if whole and request.exact is not None:
+            raise UsageError("ID registers of arm64 are granted whole", hint="ask for max, or require features")
         self.maximum = request.maximum
+        self.everything = request.maximum or whole
+        level = None if whole and request.default else request.level
         self.withheld = [feature for feature in self.names.by_name.values() if feature.withheld]
         self.carry = self._features(boot.carry)
         self.at_most = [
@@ -180,14 +203,14 @@ class _Wanted:
         # a request for nothing else is not even asked to start; every other guest must
         needed = self._features(() if request.exact is not None else boot.essential)
         booting, levelled = self._features(boot.require), []
-        if request.level is not None:
-            levelled = self._features(definitions.level(request.level, architecture))
+        if level is not None:
+            levelled = self._features(definitions.level(level, architecture))
             needed += booting
         self._by = dict.fromkeys((feature.name for feature in levelled), request.describe())
         self._by |= dict.fromkeys((feature.name for feature in needed), "every guest")
         self._by |= dict.fromkeys((feature.name for feature in asked), "the request")
         self.required = _distinct([*asked, *needed, *levelled])
-        optional = self._features((*request.optional, *(boot.optional if request.level is not None else ())))
+        optional = self._features((*request.optional, *(boot.optional if level is not None else ())))
         self.optional = [feature for feature in _distinct(optional) if feature not in self.required]
         for feature in (*self.required, *self.optional):
             _refuse_unaskable(feature, architecture)
@@ -222,7 +245,7 @@ class _Wanted:
             feature, wanting = queue.pop(0)
             for name, _least in feature.bases:
                 base = self.names.by_name[name]
-                everything = self.maximum and not base.word.startswith(_ASKED_FOR)
+                everything = self.everything and not base.word.startswith(_ASKED_FOR)
                 if name not in seen and not everything:
                     seen.add(name)
                     # a single VMX control comes along with its word, but where a request is all there is
@@ -280,7 +303,7 @@ def _select(wanted: _Wanted, top: FeatureSet) -> FeatureSet:
     enlightened = any(word.startswith(_ASKED_FOR) for word in chosen)
     values: dict[str, int] = {}
     for word, rule in catalogs.load(top.architecture).words.items():
-        if wanted.maximum and not word.startswith(_ASKED_FOR):
+        if wanted.everything and not word.startswith(_ASKED_FOR):
             given = rule.judged & ~withheld.get(word, 0)
         else:
             # Or-bits bound the guest's risk: it is told, whatever it asked for. Numbers and copies that are

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from kvmneg.errors import Blocked, UsageError
 from kvmneg.features import catalog as catalogs
+from kvmneg.features import words
 from kvmneg.features.featureset import FeatureSet, fits
 from kvmneg.policy import coverage, definitions, negotiation, pool, reasons
 from kvmneg.policy.fence import Fence
@@ -53,10 +54,15 @@ def to_pin(granted: FeatureSet, report: Report) -> FeatureSet:
     where = f"host {report.host}"
     lacking = fits(whole, report.offer, missing_on=where)
     lacking = lacking and fits(whole, _reach(report), missing_on=where)
-    if lacking:
+    unreachable = []
+    if report.architecture == words.ARM64:
+        from kvmneg.policy import levelling  # x86 shows guests whatever it is told
+
+        unreachable = levelling.unreachable(whole, report, "the fence")
+    if lacking or unreachable:
         raise Blocked(
             f"{report.host} offers less than this fence promises",
-            [reasons.unfit(blocker, report, "the fence") for blocker in lacking],
+            [*(reasons.unfit(blocker, report, "the fence") for blocker in lacking), *unreachable],
             hint="pin no more than every host has; `kvmneg baseline` computes it",
         )
     return whole

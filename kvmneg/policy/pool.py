@@ -104,12 +104,18 @@ def kinds(reports: Sequence[Report]) -> list[Kind]:
 def baseline(reports: Sequence[Report]) -> FeatureSet:
     """What every host of the pool offers.
 
+    On arm64 what they can all be set to (kvmneg.policy.levelling), which may be less.
+
     Raises Incompatible where hosts must agree and do not (vendors), naming both sides; what `kinds` raises.
     """
     members = kinds(reports)
     met = meet_all(kind.offer for kind in members)
     if met.conflicts:
         raise _incompatible(met.conflicts, members)
+    if met.architecture == words.ARM64:
+        from kvmneg.policy import levelling  # x86 shows guests whatever it is told
+
+        return levelling.baseline(met, reports)
     return met
 
 

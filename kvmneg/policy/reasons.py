@@ -46,6 +46,9 @@ _PARAMETERS = (
 # Of these no CPU can lack the feature: the module would not have loaded.
 _IMPLIES_SILICON = ("kvm_intel.nested", "kvm_amd.nested")
 
+# Rules whose bottom is not 0, and 0 a value like any other.
+_ABSENT_IS_A_VALUE = frozenset((rules.SIGNED_MINIMUM, rules.HIGHEST, rules.EQUAL_OR_ONE, rules.EQUAL_OR_TWO))
+
 OFFERED, TOLD, CLEAR, HELD_BACK, UNMERGED = "offered", "told", "clear", "held-back", "not-merged"
 
 
@@ -90,7 +93,10 @@ def given(feature: Feature, granted: FeatureSet, report: Report) -> bool:
     if feature.rule == rules.OR:
         # its bottom is 1: only what the host has, in a register that the guest sees, was told
         return bool(binding_mask(granted, feature.word) & feature.mask and _measured(feature, report))
-    return bool(feature.of(granted.value(feature.word)))
+    value = feature.of(granted.value(feature.word))
+    if feature.rule in _ABSENT_IS_A_VALUE:
+        return value != rules.RULES[feature.rule].bottom(feature.width)
+    return bool(value)
 
 
 def missing(

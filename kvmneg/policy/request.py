@@ -29,7 +29,7 @@ class Request:
     Raises UsageError where modes exclude each other, LimitExceeded (REQUEST_FEATURES).
     """
 
-    __slots__ = ("exact", "level", "maximum", "optional", "require", "require_enforced", "vmm")
+    __slots__ = ("default", "exact", "level", "maximum", "optional", "require", "require_enforced", "vmm")
 
     def __init__(
         self,
@@ -59,6 +59,8 @@ class Request:
             raise LimitExceeded("REQUEST_FEATURES", limits.REQUEST_FEATURES, f"{count} features were named")
         self.maximum = maximum
         self.exact = exact
+        # where nothing was named: on arm64, which has no levels, all that host and fence allow
+        self.default = not chosen
         self.level = level if chosen else DEFAULT_LEVEL
         self.require = require
         self.optional = optional
@@ -98,7 +100,7 @@ class Request:
         document: dict[str, Any] = {}
         if self.maximum:
             document["max"] = True
-        if self.level is not None:
+        if self.level is not None and not self.default:
             document["level"] = self.level
         for name in ("require", "optional"):
             if getattr(self, name):
