@@ -43,7 +43,7 @@ def options(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from kvmneg.cli import files
     from kvmneg.errors import Incompatible
-    from kvmneg.policy import pool
+    from kvmneg.policy import pool, portable
     from kvmneg.policy.fence import Fence
 
     reports = [files.report(path) for path in arguments.reports]
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(_document(arguments, reports, met))
     elif arguments.fence:
-        print(Fence(met).text(), end="")
+        print(Fence(met, registers=portable.common(reports)).text(), end="")
     else:
         _show(Screen(), reports, met, pool.holders(reports, met))
     return 0
@@ -65,7 +65,7 @@ def _document(arguments: argparse.Namespace, reports: Sequence[Report], met: Fea
     """The baseline; of a study with the format of one, which no command reads as anything to pin."""
     from kvmneg.cli.host import flagged
     from kvmneg.features import words
-    from kvmneg.policy import pool
+    from kvmneg.policy import pool, portable
     from kvmneg.policy.fence import Fence
 
     hosts = [
@@ -80,7 +80,7 @@ def _document(arguments: argparse.Namespace, reports: Sequence[Report], met: Fea
         "study": study,
         "hosts": hosts,
         "words": met.to_json(),
-        "fence": None if study else Fence(met).text(),
+        "fence": None if study else Fence(met, registers=portable.common(reports)).text(),
         "held_back": [holder.to_json() for holder in pool.holders(reports, met)],
         "unnamed": {word: words.text_value(word, bits) for word, bits in unnamed(reports).items()},
         "flagged": flagged(reports),

@@ -82,7 +82,7 @@ def _where(arguments: argparse.Namespace) -> str:
 
 def _by_contract(arguments: argparse.Namespace) -> _Verdict:
     from kvmneg.policy import grade, negotiation
-    from kvmneg.policy.contract import scope
+    from kvmneg.policy.scope import scope
 
     alone = arguments.require_enforced  # the daemon's Check does not insist
     if not arguments.report and not alone and _digest_of(arguments):
@@ -91,7 +91,8 @@ def _by_contract(arguments: argparse.Namespace) -> _Verdict:
     blockers = list(negotiation.check(contract, report, arguments.vmm))
     if arguments.require_enforced:
         blockers += grade.blockers(contract.granted, report)
-    return tuple(blockers), scope(False), grade.of(contract.granted, report)
+    judged = scope(False, report.architecture)
+    return tuple(blockers), judged, grade.of(contract.granted, report)
 
 
 def _digest_of(arguments: argparse.Namespace) -> bool:
@@ -114,13 +115,15 @@ def _by_request(arguments: argparse.Namespace) -> _Verdict:
     from kvmneg.cli import files
     from kvmneg.errors import Blocked
     from kvmneg.policy import negotiation
-    from kvmneg.policy.contract import scope
+    from kvmneg.policy.scope import scope
 
+    report = files.report(arguments.report)
+    judged = scope(False, report.architecture)
     try:
-        answer = negotiation.check_request(request, files.report(arguments.report))
+        answer = negotiation.check_request(request, report)
     except Blocked as no:  # told as the daemon's no is
-        return no.blockers, scope(False), None
-    return (), scope(False), answer.contract.grade
+        return no.blockers, judged, None
+    return (), judged, answer.contract.grade
 
 
 def _daemon(arguments: argparse.Namespace, **parameters: Any) -> _Verdict:

@@ -22,7 +22,7 @@ def options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from kvmneg.errors import UsageError
-    from kvmneg.policy.contract import SCOPE
+    from kvmneg.policy.scope import scope
 
     path, state = None, None
     if os.path.exists(arguments.digest):
@@ -47,5 +47,5 @@ def run(arguments: argparse.Namespace) -> int:
         screen.words("file", [path])
     if emitted:
         requests.show_emission(screen, emitted)
-    screen.scope(SCOPE)
+    screen.scope(scope(bool(contract.fence[0]), contract.architecture))
     return 0

@@ -96,14 +96,15 @@ def _from_report(arguments: argparse.Namespace) -> Offer:
     from kvmneg.cli import files
     from kvmneg.errors import Blocked
     from kvmneg.policy import negotiation
-    from kvmneg.policy.contract import scope
     from kvmneg.policy.fence import Fence
+    from kvmneg.policy.scope import scope
 
     request = options_of.request_of(arguments)
     report = files.report(arguments.report)
     fence = None
     if arguments.fence:
-        fence = Fence(files.document(arguments.fence).granted, generation=0)
+        found = files.document(arguments.fence)
+        fence = Fence(found.granted, registers=found.fence.registers if found.fence else ())
     try:
         answer = negotiation.negotiate(request, report, fence)
     except Blocked as no:
@@ -111,7 +112,8 @@ def _from_report(arguments: argparse.Namespace) -> Offer:
         raise
     answer.not_granted = tuple(_of_file(blocker, arguments.fence) for blocker in answer.not_granted)
     host = negotiation.ceiling(report, None, request.vmm)
-    return Offer(answer.contract, 0, answer.not_granted, scope(fence is not None), host)
+    judged = scope(fence is not None, report.architecture)
+    return Offer(answer.contract, 0, answer.not_granted, judged, host)
 
 
 def _of_file(blocker: Blocker, fence: str) -> Blocker:

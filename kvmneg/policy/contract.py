@@ -39,11 +39,16 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet
+from kvmneg.policy import contract_arm64 as arm64
+from kvmneg.policy import contract_json as json_view
+from kvmneg.policy.scope import scope
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
     from typing import Any
+
+    from kvmneg.policy.portable import Entry
 
 FORMAT = "kvmneg.contract/1"
 MAGIC = b"KVMNEGC\0"
@@ -55,36 +60,24 @@ _HEADER = struct.Struct("<8sIIIIII32sQ32s6I32s")
 _CPUID = struct.Struct("<4I4I4I")
 _MSR = struct.Struct("<IIQQ")
 _CAPABILITY = struct.Struct("<40sIIQQ")
+_SECTIONS = (_CPUID, _MSR, arm64.REGISTER, _CAPABILITY, arm64.PORTABLE, arm64.FLAG)
 _DIGEST_AT = slice(32, 64)
 _SPACES = ("cpuid", "hyperv")
-_CAPABILITIES = ("kvm:", "tap:", "vhost-net:")
-
-SCOPE = (
-    "judged: CPUID words, feature MSRs and KVM capabilities of the catalogue, against what this host "
-    "measured and the pinned fence",
-    "not judged: machine type and device state of another VMM build, ROM sizes, vhost-user and vDPA back "
-    "ends, VFIO, TSC frequency, portable MSR and XSAVE state",
-)
-
-
-_FENCE = " and the pinned fence"
-
-
-def scope(fenced: bool) -> list[str]:
-    """What a yes is about: SCOPE, and where no fence was judged what is left of it."""
-    if fenced:
-        return list(SCOPE)
-    judged, *rest = SCOPE
-    return [judged.removesuffix(_FENCE), *rest[:-1], f"{rest[-1]}, any fence"]
+# arm64 registers that a vCPU has with the feature they are built on only: SVE_VLS, PMCR_EL0, PSCI_VERSION
+_LISTED_WITH = ("arm64:0x606000000015ffff", "arm64:0x603000000013dce0", "arm64:0x6030000000140000")
+_CAPABILITIES = ("kvm:", "tap:", "vhost-net:", "arm:")
 
 
 class Contract:
     """What one guest may see. `fence` is (generation, digest), (0, "") without one; `grade` one of GRADES.
 
     Raises Incompatible where the set is a study over several vendors: no host could hold it.
+
+    Of arm64 besides: `portable`, what becomes of each register when the guest moves (kvmneg.policy.portable). A
+    register that the host does not have (`present` are its words) is not in the contract.
     """
 
-    __slots__ = ("_binary", "digest", "fence", "grade", "granted")
+    __slots__ = ("_binary", "digest", "fence", "grade", "granted", "portable")
 
     def __init__(
         self,
@@ -93,14 +86,19 @@ class Contract:
         grade: str = "unverified",
         *,
         binary: bytes | None = None,
+        present: Container[str] | None = None,
+        portable: tuple[Entry, ...] = (),
     ) -> None:
         if granted.conflicts:
             blockers = [Blocker.of_conflict(conflict, "the pool") for conflict in granted.conflicts]
             raise Incompatible("there is no contract over hosts without a common baseline", blockers)
+        self.portable = portable
         self.granted = granted
         self.fence = fence
         self.grade = grade
-        self._binary = binary or _encode(granted.architecture, _bound(granted), fence, grade)
+        self._binary = binary or _encode(
+            granted.architecture, _bound(granted, present), fence, grade, portable
+        )
         self.digest = "sha256:" + self._binary[_DIGEST_AT].hex()
 
     @property
@@ -124,7 +122,7 @@ class Contract:
         for word in sorted(bound, key=words.order):
             value, mask = bound[word]
             values[word] = words.text_value(word, value)
-            if mask != _every_bit(word):
+            if mask != json_view.every_bit(word):
                 masks[word] = words.text_value(word, mask)
         return {
             "format": FORMAT,
@@ -133,8 +131,9 @@ class Contract:
             "fence": {"generation": generation, "digest": digest} if generation else None,
             "words": values,
             **({"masks": masks} if masks else {}),
+            **arm64.to_json(self.granted, self.portable),
             "grade": self.grade,
-            "scope": scope(bool(generation)),
+            "scope": scope(bool(generation), self.architecture),
         }
 
     @classmethod
@@ -143,15 +142,19 @@ class Contract:
 
         Fields that this version does not know are ignored: they are not in the digest either.
         """
-        found = _fields(document, file)
+        found = json_view.fields(document, file)
         if found.get("format") != FORMAT:
             raise BadInput(f"format is {words.brief(found.get('format'))}, not {FORMAT!r}", file=file)
         architecture, grade = found.get("architecture"), found.get("grade", GRADES[0])
         if architecture not in catalogs.available() or grade not in GRADES:
             raise BadInput("not a contract: its architecture or grade is unknown here", file=file)
         try:
-            bound = _bound_of_json(found.get("words"), found.get("masks"))
-            binary = _encode(str(architecture), bound, _fence_of_json(found.get("fence")), str(grade))
+            bound = json_view.bound(found.get("words"), found.get("masks"))
+            portable = arm64.portable_of_json(found.get("portable"), limits.REGISTERS)
+            fence = json_view.fence(found.get("fence"))
+            binary = _encode(str(architecture), bound, fence, str(grade), portable)
+        except ValueError as error:
+            raise BadInput(f"not a contract: {error}", file=file) from None
         except BadInput as error:
             raise BadInput(error.message, file=file, hint=error.hint) from None
         if "sha256:" + binary[_DIGEST_AT].hex() != found.get("digest"):
@@ -166,6 +169,7 @@ class Contract:
         generation, fence = header[8:10]
         try:
             bound = _decode_words(data)
+            portable = _decode_arm64(data, bound)
         except ValueError as error:
             raise BadInput(str(error), file=file) from None
         if header[5] >= len(GRADES) or (not generation and any(fence)):
@@ -173,7 +177,7 @@ class Contract:
         granted = _granted(_ARCHITECTURES[header[2]], bound)
         # the bytes as they were given: a newer catalogue must not change a contract that somebody runs under
         pinned = (generation, f"sha256:{fence.hex()}") if generation else (0, "")
-        return cls(granted, pinned, GRADES[header[5]], binary=bytes(data))
+        return cls(granted, pinned, GRADES[header[5]], binary=bytes(data), portable=portable)
 
 
 def _checked_header(data: bytes, file: str) -> tuple[Any, ...]:
@@ -189,9 +193,10 @@ def _checked_header(data: bytes, file: str) -> tuple[Any, ...]:
         raise BadInput("not a contract of this version", file=file)
     if size != _HEADER.size or architecture not in _ARCHITECTURES or reserved or any(tail):
         raise BadInput("the header is not one that this version writes", file=file)
-    if counts[2] or counts[4] or counts[5] or _ARCHITECTURES[architecture] == words.ARM64:
-        raise BadInput("has arm64 sections, which this version cannot read", file=file)
-    expected = size + counts[0] * _CPUID.size + counts[1] * _MSR.size + counts[3] * _CAPABILITY.size
+    foreign = counts[:2] if _ARCHITECTURES[architecture] == words.ARM64 else (counts[2], *counts[4:])
+    if any(foreign):
+        raise BadInput(f"has sections that {_ARCHITECTURES[architecture]} does not have", file=file)
+    expected = size + sum(count * section.size for count, section in zip(counts, _SECTIONS, strict=True))
     if not total == len(data) == expected:
         raise BadInput(
             f"is {len(data)} bytes, its header says {expected}", file=file, hint="was it cut short?"
@@ -219,6 +224,10 @@ def binding_mask(granted: FeatureSet, word: str) -> int:
     """
     catalog = catalogs.load(granted.architecture)
     rule = catalog.words[word]
+    if word in _LISTED_WITH and not all(
+        need.met(granted.value(need.base)) for need in catalog.requirements[word]
+    ):
+        return 0
     mask = rule.judged
     mask |= sum(constant for name, constant, _value in catalog.policy if name == word)
     hidden = rule.judged if word.startswith("msr:") else rule.or_mask
@@ -236,10 +245,12 @@ def _beyond_highest(granted: FeatureSet, word: str) -> bool:
     return 0 < highest < leaf
 
 
-def _bound(granted: FeatureSet) -> dict[str, tuple[int, int]]:
+def _bound(granted: FeatureSet, present: Container[str] | None) -> dict[str, tuple[int, int]]:
     """(value, mask) of each word that a contract over this set binds."""
     bound = {}
     for word, value in _explicit(granted).items():
+        if present is not None and word not in present:
+            continue
         mask = binding_mask(granted, word)
         if mask:
             bound[word] = value & mask, mask
@@ -247,10 +258,21 @@ def _bound(granted: FeatureSet) -> dict[str, tuple[int, int]]:
 
 
 def _encode(
-    architecture: str, bound: Mapping[str, tuple[int, int]], fence: tuple[int, str], grade: str
+    architecture: str,
+    bound: Mapping[str, tuple[int, int]],
+    fence: tuple[int, str],
+    grade: str,
+    portable: tuple[Entry, ...],
 ) -> bytes:
-    cpuid, msr, capability = _cpuid_section(bound), _msr_section(bound), _capability_section(bound)
-    body = b"".join((*cpuid, *msr, *capability))
+    sections = (
+        _cpuid_section(bound),
+        _msr_section(bound),
+        arm64.registers(bound),
+        _capability_section(bound),
+        arm64.portable_section(portable),
+        arm64.flags(bound),
+    )
+    body = b"".join(row for section in sections for row in section)
     generation, fence_digest = fence
     header = _HEADER.pack(
         MAGIC,
@@ -263,7 +285,7 @@ def _encode(
         bytes(32),
         generation,
         bytes.fromhex(fence_digest.removeprefix("sha256:")) if generation else bytes(32),
-        *(len(cpuid), len(msr), 0, len(capability), 0, 0),
+        *map(len, sections),
         bytes(32),
     )
     binary = bytearray(header + body)
@@ -295,51 +317,6 @@ def _capability_section(bound: Mapping[str, tuple[int, int]]) -> list[bytes]:
     return [_CAPABILITY.pack(word.encode(), 0, 0, *bound[word]) for word in names]
 
 
-def _every_bit(word: str) -> int:
-    return (1 << words.width(word)) - 1
-
-
-def _fields(found: object, file: str) -> dict[str, Any]:
-    if isinstance(found, dict):
-        return found
-    raise BadInput("not a contract", file=file)
-
-
-def _bound_of_json(values: object, masks: object) -> dict[str, tuple[int, int]]:
-    """(value, mask) of each word of a document. Raises BadInput."""
-    if not isinstance(values, dict) or not isinstance(masks, dict | None):
-        raise BadInput("not a contract: words or masks is missing or no object")
-    if len(values) > limits.WORDS:
-        raise BadInput(f"more than {limits.WORDS} words")
-    masks = masks or {}
-    alone = sorted(set(masks) - set(values))
-    if alone:
-        raise BadInput(f"a mask without its word: {words.brief(alone[0])}")
-    bound: dict[str, tuple[int, int]] = {}
-    for word, text in values.items():
-        value = words.parse_value(words.check(word), text)
-        mask = words.parse_value(word, masks[word]) if word in masks else _every_bit(word)
-        if value & ~mask or not mask:
-            raise BadInput(f"{word} has bits that its mask does not bind")
-        bound[word] = value, mask
-    return bound
-
-
-def _fence_of_json(fence: object) -> tuple[int, str]:
-    """(generation, digest) of a document's fence, (0, "") for null. Raises BadInput."""
-    if fence is None:
-        return 0, ""
-    generation, digest = (
-        (fence.get("generation"), fence.get("digest")) if isinstance(fence, dict) else (0, "")
-    )
-    digits = digest.removeprefix("sha256:") if isinstance(digest, str) else ""
-    if type(generation) is not int or not 0 < generation < 1 << 64:
-        raise BadInput("not a contract: its fence has no generation")
-    if len(digits) != 64 or not set(digits) <= set("0123456789abcdef"):
-        raise BadInput("not a contract: its fence has no digest")
-    return generation, str(digest)
-
-
 def _granted(architecture: str, bound: Mapping[str, tuple[int, int]]) -> FeatureSet:
     """The set that a contract was made of: or-bits of a shown word that it does not bind are at 1."""
     known = catalogs.load(architecture).words
@@ -366,13 +343,26 @@ def _decode_words(data: bytes) -> dict[str, tuple[int, int]]:
         if reserved or not mask:
             raise ValueError("an MSR entry is not one that this version writes")
         _bind(bound, words.msr_word(index), value, mask)
-    _check_order([row[0] for row in _CAPABILITY.iter_unpack(data[end:])])
-    for name, action, reserved, value, mask in _CAPABILITY.iter_unpack(data[end:]):
+    at, end = end, end + counts[2] * arm64.REGISTER.size
+    for word, value, mask in arm64.decode_registers(data[at:end]):
+        _bind(bound, word, value, mask)
+    at, end = end, end + counts[3] * _CAPABILITY.size
+    _check_order([row[0] for row in _CAPABILITY.iter_unpack(data[at:end])])
+    for name, action, reserved, value, mask in _CAPABILITY.iter_unpack(data[at:end]):
         word = name.rstrip(b"\0").decode("ascii")
         if action or reserved or not mask or not word.startswith(_CAPABILITIES):
             raise ValueError("a capability entry is not one that this version writes")
         _bind(bound, words.check(word), value, mask)
     return bound
+
+
+def _decode_arm64(data: bytes, bound: Mapping[str, tuple[int, int]]) -> tuple[Entry, ...]:
+    """The portable state. Raises ValueError on what is never written, also where flags are not those of the words."""
+    flags = b"".join(arm64.flags(bound))
+    end = len(data) - _HEADER.unpack_from(data)[15] * arm64.FLAG.size
+    if data[end:] != flags:
+        raise ValueError(f"the initialisation flags are not those of {arm64.INIT}")
+    return arm64.decode_portable(data[end - _HEADER.unpack_from(data)[14] * arm64.PORTABLE.size : end])
 
 
 def _check_order(keys: list[Any]) -> None:

@@ -9,6 +9,9 @@
 One line a word of single bits, all its bits written, and one line a number. A word that is not named is
 hidden, a number that is not named is at its rule's bottom; only a limit that may be absent (guest-phys-bits)
 is then absent. A fence that names no vendor holds for any. The comments are for people; reading ignores them.
+
+On arm64 lines of `registers ID …` list what every member of the pool has: what a guest may carry (`registers`). Where
+there are none, nothing was said about other kernels than the host's own.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from kvmneg.features.catalog import Feature, WordRules
 
+_REGISTERS_A_LINE = 5
 _HEADLINE = "# kvmneg fence: 1 may be granted, 0 is hidden, a word that is not named is hidden"
 
 
@@ -35,18 +39,26 @@ class Fence:
     Raises Incompatible where the set is the meet of hosts that have no baseline.
     """
 
-    __slots__ = ("generation", "granted")
+    __slots__ = ("generation", "granted", "registers")
 
-    def __init__(self, granted: FeatureSet, generation: int = 0) -> None:
+    def __init__(self, granted: FeatureSet, generation: int = 0, *, registers: tuple[int, ...] = ()) -> None:
         if granted.conflicts:
             blockers = [Blocker.of_conflict(conflict, "the pool") for conflict in granted.conflicts]
             raise Incompatible("there is no fence over hosts without a common baseline", blockers)
         self.granted = granted
         self.generation = generation
+        self.registers = registers
 
     @property
     def digest(self) -> str:
-        return self.granted.digest()
+        if not self.registers:
+            return self.granted.digest()
+        from hashlib import sha256  # 4 ms at import
+
+        return (
+            "sha256:"
+            + sha256("\n".join([self.granted.digest(), *_registers(self.registers)]).encode()).hexdigest()
+        )
 
     def unmet(self, offer: FeatureSet, *, missing_on: str = "this host") -> tuple[Blocker, ...]:
         """What the fence promises and `offer` does not hold: empty on a host that is not below its fence."""
@@ -60,6 +72,7 @@ class Fence:
         lines = [_HEADLINE, f"architecture {self.granted.architecture}"]
         for word in sorted(self.granted.words, key=words.order):
             lines += _lines(catalog.words[word], self.granted)
+        lines += _registers(self.registers)
         return "\n".join(lines) + "\n"
 
     @classmethod
@@ -67,7 +80,8 @@ class Fence:
         """Read a text. Raises BadInput with file and line for whatever is not exactly understood."""
         if len(text.encode("utf-8", "surrogatepass")) > limits.FENCE_BYTES:
             raise BadInput(f"larger than {limits.FENCE_BYTES} bytes", file=file)
-        return cls(_Reader(file).read(text), generation)
+        reader = _Reader(file)
+        return cls(reader.read(text), generation, registers=tuple(reader.registers))
 
 
 def _lines(rule: WordRules, granted: FeatureSet) -> Iterator[str]:
@@ -80,6 +94,11 @@ def _lines(rule: WordRules, granted: FeatureSet) -> Iterator[str]:
     for feature in names.at(rule.word, rule.judged & ~bits):
         number = feature.of(value)
         yield f"{rule.word}.{feature.name} = {number if feature.width <= 16 else format(number, '#x')}"
+
+
+def _registers(registers: tuple[int, ...]) -> Iterator[str]:
+    for at in range(0, len(registers), _REGISTERS_A_LINE):
+        yield " ".join(("registers", *(f"{one:#x}" for one in registers[at : at + _REGISTERS_A_LINE])))
 
 
 def _binary(word: str, value: int) -> str:
@@ -95,6 +114,7 @@ class _Reader:
         self.line = 0
         self.architecture = ""
         self.values: dict[str, int] = {}
+        self.registers: list[int] = []
         self.lines: dict[str, int] = {}  # of each word with bits and of each number
 
     def read(self, text: str) -> FeatureSet:
@@ -127,6 +147,9 @@ class _Reader:
             return
         if not self.architecture:
             raise self._wrong("the architecture comes first", 'like "architecture x86_64"')
+        if content.startswith("registers "):
+            self._registers(content.split()[1:])
+            return
         name, equals, number = (part.strip() for part in content.partition("="))
         if equals:
             self._number(name, number)
@@ -138,6 +161,20 @@ class _Reader:
                 "WORD 0b… or WORD.NAME = N",
             )
         self._bits(*parts)
+
+    def _registers(self, ids: list[str]) -> None:
+        if self.architecture != words.ARM64:
+            raise self._wrong(f"{self.architecture} has no registers to carry")
+        for text in ids:
+            try:
+                register = words.parse_register(text)
+            except ValueError as error:
+                raise self._wrong(str(error), "like 0x6030000000160000") from None
+            if self.registers and register <= self.registers[-1]:
+                raise self._wrong(f"{text} is not in its order, or given twice")
+            self.registers.append(register)
+        if len(self.registers) > limits.REGISTERS:
+            raise self._wrong(f"more than {limits.REGISTERS} registers")
 
     def _once(self, name: str) -> None:
         if name in self.lines:

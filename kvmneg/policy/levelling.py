@@ -22,6 +22,7 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet
+from kvmneg.policy.contract import binding_mask
 from kvmneg.policy.kernels import numbers
 
 TYPE_CHECKING = False
@@ -67,7 +68,9 @@ class Verdict(NamedTuple):
     def blocker(self) -> Blocker:
         """As a reason why the pool has no baseline."""
         where = ", ".join(host for host, _kernel, _value, how in self.members if how == self.verdict)
-        return Blocker(self.feature, self.word, None, "the pool", where, "kvm", f"{self.verdict}: {self.describe()}")
+        return Blocker(
+            self.feature, self.word, None, "the pool", where, "kvm", f"{self.verdict}: {self.describe()}"
+        )
 
 
 class Levelled(NamedTuple):
@@ -130,7 +133,7 @@ def _standing(granted: FeatureSet, report: Report) -> Iterator[tuple[Feature, in
     shown = _switched(granted, report)
     for word in sorted({*granted.words, *report.offer_words}, key=words.order):
         rule = catalog.words.get(word)
-        if rule is None or not word.startswith("arm64:"):
+        if rule is None or not word.startswith("arm64:") or not binding_mask(granted, word):
             continue
         wanted, offered = granted.value(word), report.offer_words.get(word)
         if offered is None:
@@ -210,7 +213,9 @@ def level(met: FeatureSet, reports: Sequence[Report]) -> Levelled:
     found = _verdicts(granted, members)
     names = catalogs.names(words.ARM64)
     while True:
-        switches = {base for one in found if one.verdict != LEVELLED for base in _switches(one.feature, names.by_name)}
+        switches = {
+            base for one in found if one.verdict != LEVELLED for base in _switches(one.feature, names.by_name)
+        }
         bits = granted.value(INIT)
         for name in switches:
             bits &= ~names.by_name[name].mask
@@ -240,7 +245,7 @@ def bounded(offer: FeatureSet, fence: FeatureSet, met: FeatureSet) -> FeatureSet
         return met
     kept = dict(met.words)
     for word, mask in _matching():
-        if offer.words.get(word) is not None or is_ccsidr(word):
+        if word in offer.words:
             kept[word] = met.value(word) & ~mask | fence.value(word) & mask
     return FeatureSet.of(words.ARM64, kept)
 
@@ -249,7 +254,11 @@ def _distinct(reports: Sequence[Report]) -> list[Report]:
     """One report for all that are alike in what is judged here; the verdicts name the first."""
     found: dict[object, Report] = {}
     for report in reports:
-        key = (frozenset(report.offer_words.items()), frozenset(report.settable_words.items()), kernel(report))
+        key = (
+            frozenset(report.offer_words.items()),
+            frozenset(report.settable_words.items()),
+            kernel(report),
+        )
         found.setdefault(key, report)
     return list(found.values())
 
@@ -258,7 +267,11 @@ def _matching() -> list[tuple[str, int]]:
     """(word, mask) of the fields that must match and that some kernel lets be set: caches."""
     found: dict[str, int] = {}
     for feature in catalogs.names(words.ARM64).by_name.values():
-        if feature.rule == rules.MATCH and feature.settable not in ("", _NEVER) and _NOT_YET not in feature.settable:
+        if (
+            feature.rule == rules.MATCH
+            and feature.settable not in ("", _NEVER)
+            and _NOT_YET not in feature.settable
+        ):
             found[feature.word] = found.get(feature.word, 0) | feature.mask
     return list(found.items())
 
@@ -311,5 +324,7 @@ def _caches(granted: FeatureSet, members: Sequence[Report]) -> Verdict | None:
     if CLIDR not in granted.words or granted.field("ctr-idc") or (coherent and unified):
         return None
     guilty = [one for one in members if names.feature("ctr-idc").of(one.offer_words.get(CTR, 0))]
-    rows = tuple((one.host, kernel(one), one.offer_words.get(CLIDR, 0) >> 24 & 7, MUST_MATCH) for one in guilty)
+    rows = tuple(
+        (one.host, kernel(one), one.offer_words.get(CLIDR, 0) >> 24 & 7, MUST_MATCH) for one in guilty
+    )
     return Verdict("clidr-loc", CLIDR, MUST_MATCH, coherent, rows) if rows else None

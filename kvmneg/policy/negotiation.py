@@ -14,6 +14,7 @@ from kvmneg.policy.contract import Contract
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
 
     from kvmneg.features.catalog import Feature
     from kvmneg.features.report import Report
@@ -62,13 +63,13 @@ def _bounded(report: Report, fence: Fence | None, offer: FeatureSet) -> FeatureS
         )
     met = meet(offer, fence.granted)
     if met.architecture == words.ARM64:
-        from kvmneg.policy import levelling  # see _unreachable
+        from kvmneg.policy import levelling  # see unreachable
 
         return levelling.bounded(offer, fence.granted, met)
     return met
 
 
-def _unreachable(granted: FeatureSet, report: Report, wanted_by: str) -> list[Blocker]:
+def unreachable(granted: FeatureSet, report: Report, wanted_by: str) -> list[Blocker]:
     """arm64: what this host's kernel cannot be told to show as `granted` has it."""
     if granted.architecture != words.ARM64:
         return []
@@ -120,7 +121,7 @@ def _answer(
         reasons.missing(feature, wanted.by(feature), granted, host, fence, seen=seen) for feature in missing
     ]
     wanted_by = "the fence" if fence else request.describe()
-    blockers += _unreachable(granted, report, wanted_by)
+    blockers += unreachable(granted, report, wanted_by)
     if seen is not None:
         blockers += _refused(granted, seen, wanted_by)
     if blockers:
@@ -138,8 +139,19 @@ def _answer(
     wants = "max" if wanted.maximum else "optional"
     not_granted = [reasons.missing(feature, wants, granted, host, fence, seen=seen) for feature in absent]
     pinned = (fence.generation, fence.digest) if fence else (0, "")
-    contract = Contract(granted, pinned, grade.of(granted, report))
+    contract = Contract(granted, pinned, grade.of(granted, report), **_carried(granted, report, fence))
     return Answer(contract, tuple(_sorted(not_granted)))
+
+
+def _carried(granted: FeatureSet, report: Report, fence: Fence | None) -> dict[str, Any]:
+    """arm64: the words that this host has, and what becomes of each register when the guest moves."""
+    if granted.architecture != words.ARM64:
+        return {}
+    from kvmneg.policy import portable  # as in unreachable
+
+    carried = frozenset(fence.registers if fence and fence.registers else report.registers)
+    rules_of = portable.entries(report.registers, carried, granted)
+    return {"present": report.offer_words, "portable": rules_of}
 
 
 def check(contract: Contract, report: Report, vmm: str | None = None) -> tuple[Blocker, ...]:
@@ -153,7 +165,11 @@ def check(contract: Contract, report: Report, vmm: str | None = None) -> tuple[B
     blockers = [reasons.unfit(blocker, there, "the contract", seen) for blocker in found]
     if seen is not None:
         blockers = _sorted([*blockers, *_refused(contract.granted, seen, "the contract")])
-    blockers += _unreachable(contract.granted, there, "the contract")
+    blockers += unreachable(contract.granted, there, "the contract")
+    if contract.portable:
+        from kvmneg.policy import portable  # arm64's only
+
+        blockers += portable.unknown(contract.portable, there, vmm)
     return (*coverage.blockers(report), *_sorted(blockers))
 
 
@@ -189,7 +205,9 @@ class _Wanted:
         # arm64: an ID register is shown as it is but for what is set, so what is not asked for is not taken away
         whole = architecture == words.ARM64
         if whole and request.exact is not None:
-            raise UsageError("ID registers of arm64 are granted whole", hint="ask for max, or require features")
+            raise UsageError(
+                "ID registers of arm64 are granted whole", hint="ask for max, or require features"
+            )
         self.maximum = request.maximum
         self.everything = request.maximum or whole
         level = None if whole and request.default else request.level

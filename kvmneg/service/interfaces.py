@@ -13,8 +13,8 @@ from kvmneg import limits
 from kvmneg.clock import now
 from kvmneg.errors import Blocked, LimitExceeded, UsageError
 from kvmneg.policy import grade, negotiation
-from kvmneg.policy.contract import scope
 from kvmneg.policy.request import Request
+from kvmneg.policy.scope import scope
 from kvmneg.service.authorization import require_admin
 from kvmneg.service.message import reply
 from kvmneg.store.interface import Audit
@@ -126,7 +126,7 @@ class Interfaces:
     def _scope(self, fenced: bool) -> list[str]:
         source = self._node.report.measured.get("source")
         recorded = [] if source == "kvm" else [f"not judged: the KVM of this machine; the report is {source}"]
-        return [*scope(fenced), *recorded]
+        return [*scope(fenced, self._node.report.architecture), *recorded]
 
     def _judge(self, request: Request) -> tuple[Contract | None, tuple[Blocker, ...]]:
         try:

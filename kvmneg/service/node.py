@@ -184,7 +184,10 @@ class Node:
             )
         # the ceiling again: it raises where the host fell below its fence since
         top = negotiation.ceiling(self.report, self.fence, vmm)
-        blockers = fits(contract.granted, top, missing_on=f"host {self.report.host}")
+        blockers = [
+            *fits(contract.granted, top, missing_on=f"host {self.report.host}"),
+            *negotiation.unreachable(contract.granted, self.report, "the contract"),
+        ]
         if blockers or grade.worse(contract, self.report):
             raise StaleOffer(
                 "the host changed since the offer", hint="negotiate again", generation=self.generation
@@ -272,12 +275,14 @@ class Node:
         self.refresh(fresh=True)
         if (source is None) == (text is None):
             raise UsageError("pin needs either a source or a text")
-        granted = Fence.parse(text).granted if text is not None else pinning.source(source or "", self.report)
+        given = Fence.parse(text) if text is not None else None
+        granted = given.granted if given else pinning.source(source or "", self.report)
         if granted.architecture != self.report.architecture:
             raise UsageError(
                 f"the fence is of {granted.architecture}, this host is {self.report.architecture}"
             )
-        fence = Fence(pinning.to_pin(granted, self.report))
+        registers = given.registers if given else self.report.registers
+        fence = Fence(pinning.to_pin(granted, self.report), registers=registers)
         row = self.store.pin(fence.text(), fence.digest, expected_generation=expected, audit=audit)
         self._moved(_fence_of(row), row.generation)
         return row

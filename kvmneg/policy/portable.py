@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""arm64: which registers a VMM carries with a guest, and what becomes of those that it does not. Pure.
+
+Values can be pinned before a guest starts; which registers a kernel lists cannot. A newer kernel lists some that an
+older one does not know, and setting an unknown one fails. So a contract says of every register that its host lists:
+
+    carry               every member lists it: it is saved and restored
+    drop-if N           left out while it holds N, else the move is refused
+    drop-if-timer-off   left out while CNTP_CTL_EL0.ENABLE is 0, else the move is refused
+    refuse              no rule: a move to a host that does not know it is refused
+
+Only a VMM that reads its contract can leave a register out. QEMU sends all it has, and fails on one that is unknown.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvmneg.features import words
+from kvmneg.features.difference import Blocker
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from kvmneg.features.featureset import FeatureSet
+    from kvmneg.features.report import Report
+
+CARRY, DROP_IF, DROP_IF_TIMER_OFF, REFUSE = "carry", "drop-if", "drop-if-timer-off", "refuse"
+RULES = (CARRY, DROP_IF, DROP_IF_TIMER_OFF, REFUSE)  # in the binary form: the place in here, from 1
+
+VENDOR_HYP_2 = 0x6030_0000_0016_0003
+_PMMIR = 0x6030_0000_0013_C4F6  # PMMIR_EL1
+_TIMER = (
+    0x6030_0000_0013_DF01,
+    0x6030_0000_0013_DF11,
+    0x6030_0000_0013_DF12,
+)  # CNTPCT, CNTP_CTL, CNTP_CVAL of EL0
+_CCSIDR, _CCSIDRS = 0x6020_0000_0011_0000, 14
+
+
+class Entry(NamedTuple):
+    """One register: its KVM id, one of RULES, and the value of drop-if (0 for the others)."""
+
+    register: int
+    rule: str
+    value: int
+
+    def text(self) -> str:
+        """As a contract's JSON has it."""
+        return f"{self.rule} {self.value:#x}" if self.rule == DROP_IF else self.rule
+
+    @classmethod
+    def parse(cls, word: str, text: object) -> Entry:
+        """Back from JSON. Raises ValueError on anything that `text` does not write."""
+        register = words.parse_register(word.removeprefix("arm64:"))
+        rule, _, number = text.partition(" ") if isinstance(text, str) else ("", "", "")
+        found = cls(register, rule, words.parse_register(number) if number else 0)
+        if rule not in RULES or found.text() != text or found.word() != word:
+            raise ValueError(f"{words.brief(word)}: {words.brief(text)} is no rule for a register")
+        return found
+
+    def word(self) -> str:
+        return words.register_word(self.register)
+
+
+def entries(registers: Sequence[int], carried: Collection[int], granted: FeatureSet) -> tuple[Entry, ...]:
+    """The rule of each register that a host lists, in the order of ids; `carried` are those that every member lists."""
+    return tuple(
+        Entry(register, CARRY, 0) if register in carried else drop_rule(register, granted)
+        for register in registers
+    )
+
+
+def drop_rule(register: int, granted: FeatureSet | None = None) -> Entry:
+    """What becomes of a register that is not carried, under a contract that grants this set."""
+    if register in (VENDOR_HYP_2, _PMMIR):
+        return Entry(
+            register, DROP_IF, 0
+        )  # no call is offered, no event can be counted: nothing was ever shown
+    if register in _TIMER:
+        return Entry(register, DROP_IF_TIMER_OFF, 0)
+    if 0 <= register - _CCSIDR < _CCSIDRS and granted is not None:
+        # what KVM makes up for caches that are not there; the contract pins it
+        return Entry(register, DROP_IF, granted.value(words.register_word(register)))
+    return Entry(register, REFUSE, 0)
+
+
+def common(reports: Iterable[Report]) -> tuple[int, ...]:
+    """The registers that every member lists, in order; none where one of them was not asked."""
+    lists = [frozenset(report.registers) for report in reports]
+    return tuple(sorted(frozenset.intersection(*lists))) if lists and all(lists) else ()
+
+
+def unknown(rules: Iterable[Entry], target: Report, vmm: str | None = None) -> list[Blocker]:
+    """Why a guest's registers cannot go to a host that lists fewer: one blocker a register.
+
+    Without a VMM's name it is one that follows the contract. A target whose list is not known tells nothing.
+    """
+    if not target.registers:
+        return []
+    listed, where, found = frozenset(target.registers), f"host {target.host}", []
+    for rule in rules:
+        if rule.register in listed:
+            continue
+        if vmm is not None:
+            because = f"{target.host} does not know this register, and {vmm} cannot leave one out"
+            found.append(Blocker(rule.word(), rule.word(), None, "the guest", where, "vmm", because))
+        elif rule.rule in (CARRY, REFUSE):
+            because = f"{target.host} does not know this register, and nothing says that it may be dropped"
+            found.append(Blocker(rule.word(), rule.word(), None, "the guest", where, "kvm", because))
+    return found

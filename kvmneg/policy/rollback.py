@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Going back from a new kernel to an old one: under which fence is it safe, and what stands in the way? Pure.
+
+    judge(new, old)   the widest fence under which a guest started on the new one can go on on the old one, or the
+                      fields for which there is none; and what would block a guest started without a fence
+
+Two reports of one host under two kernels are a pool of two: the widest fence is what both offer and can be told to
+show. A guest that was started without it saw all that the new one offers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvmneg.errors import UsageError
+from kvmneg.features import words
+from kvmneg.features.difference import Blocker
+from kvmneg.features.featureset import FeatureSet, fits, meet
+from kvmneg.policy import portable
+from kvmneg.policy.fence import Fence
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from kvmneg.features.report import Report
+    from kvmneg.policy.portable import Entry
+
+_TIMES = "not judged: whether both reports are of the same machine and firmware, and still true"
+_ELSE = (
+    "not judged: machine types and device state of the VMM builds on both sides, ROM sizes, vhost-user and vDPA "
+    "back ends, VFIO, guests that run nested guests"
+)
+_X86 = (
+    "judged: what the reports offer, feature by feature",
+    "not judged: state (the MSR list, XSAVE components beyond the features, nested state), which no report holds yet",
+)
+_ARM64 = (
+    "judged: ID and firmware registers, hypercalls, vCPU features, capabilities, what both kernels let be set"
+)
+
+
+class Answer(NamedTuple):
+    """`fence` is None where none exists: then `blockers` say why, else they are empty.
+
+    `unfenced` are the reasons why a guest that was started without a fence could not go back, `dropped` the registers
+    that a VMM leaves out under the fence, with the rule of each.
+    """
+
+    fence: Fence | None
+    blockers: tuple[Blocker, ...]
+    unfenced: tuple[Blocker, ...]
+    dropped: tuple[Entry, ...]
+    scope: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """{"possible", "fence": text or null, "digest", "blockers", "without_fence", "dropped", "scope"}."""
+        return {
+            "possible": self.fence is not None,
+            "fence": self.fence.text() if self.fence else None,
+            "digest": self.fence.digest if self.fence else None,
+            "blockers": [blocker.to_json() for blocker in self.blockers],
+            "without_fence": [blocker.to_json() for blocker in self.unfenced],
+            "dropped": {one.word(): one.text() for one in self.dropped},
+            "scope": list(self.scope),
+        }
+
+
+def judge(new: Report, old: Report, vmm: str | None = None) -> Answer:
+    """Whether guests can go back from `new` to `old`. `vmm` names what runs them, None: one that follows contracts.
+
+    Raises UsageError where the reports are of different architectures.
+    """
+    if new.architecture != old.architecture:
+        raise UsageError(f"{new.host} is {new.architecture}, {old.host} is {old.architecture}")
+    met = meet(new.offer, old.accept)
+    blockers = [Blocker.of_conflict(conflict, f"host {old.host}") for conflict in met.conflicts]
+    unfenced = list(fits(new.offer, old.accept, missing_on=f"host {old.host}"))
+    dropped: tuple[Entry, ...] = ()
+    granted = met
+    if new.architecture == words.ARM64:
+        from kvmneg.policy import levelling  # x86 shows guests whatever it is told
+
+        levelled = levelling.level(met, (new, old))
+        granted = levelled.granted
+        blockers += [one.blocker() for one in levelled.conflicts]
+        unfenced += levelling.unreachable(new.offer, old, "a guest without a fence")
+        rules = _rules(new, old, granted)
+        dropped = tuple(one for one in rules if one.rule in (portable.DROP_IF, portable.DROP_IF_TIMER_OFF))
+        blockers += portable.unknown(rules, old, vmm)
+        unfenced += portable.unknown([_without(one) for one in rules], old, vmm)
+    fence = None if blockers else Fence(granted, registers=portable.common((new, old)))
+    return Answer(fence, _sorted(blockers), _sorted(unfenced), dropped, _scope(new, old))
+
+
+def _rules(new: Report, old: Report, granted: FeatureSet) -> tuple[Entry, ...]:
+    return portable.entries(new.registers, frozenset(portable.common((new, old))), granted)
+
+
+def _without(entry: Entry) -> Entry:
+    """The rule of a register for a guest that nobody made a contract for: nothing says what may be dropped."""
+    return portable.Entry(entry.register, portable.REFUSE, 0)
+
+
+def _sorted(blockers: list[Blocker]) -> tuple[Blocker, ...]:
+    return tuple(
+        sorted(
+            blockers, key=lambda one: (words.order(one.word) if one.word else (-1, 0, 0, ""), one.bit or 0)
+        )
+    )
+
+
+def _scope(new: Report, old: Report) -> tuple[str, ...]:
+    if new.architecture != words.ARM64:
+        return (*_X86, _TIMES, _ELSE)
+    from kvmneg.policy import levelling  # as above
+
+    lines = [_ARM64]
+    guessed = [report.host for report in (new, old) if levelling.by_table(report)]
+    if guessed:
+        lines.append(
+            f"not measured: what the kernel of {' and of '.join(guessed)} lets be set; upstream's table was used"
+        )
+    unlisted = [report.host for report in (new, old) if not report.registers]
+    if unlisted:
+        lines.append(f"not judged: which registers a guest carries, as {' and '.join(unlisted)} lists none")
+    else:
+        lines.append("judged: which registers both list, by KVM's id")
+    return (*lines, "not judged: values of state registers", _TIMES, _ELSE)
