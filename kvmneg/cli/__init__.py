@@ -34,6 +34,7 @@ COMMANDS = {
     "fence": ("fence", "show, pin or take down the fence; its history"),
     "contract": ("contract", "show a contract by its digest"),
     "vm": ("vm", "take an offer for a VM; say that the VM runs, or is gone"),
+    "rollback": ("rollback", "may guests of a new kernel go back to an old one, and under which fence?"),
     "watch": ("watch", "follow generation and state"),
     "import": ("importing", "turn another tool's output into a report"),
 }

@@ -105,18 +105,17 @@ def _scope(met: FeatureSet) -> list[str]:
 
 def _show(screen: Screen, reports: Sequence[Report], met: FeatureSet, held: Sequence[Holder]) -> None:
     from kvmneg.cli.host import impossible
-    from kvmneg.features import catalog, words
-    from kvmneg.policy import pool
+    from kvmneg.features import words
+    from kvmneg.policy import pool, reasons
 
     if met.conflicts:
         study = f"STUDY, no baseline: {pool.sides(pool.vendors(reports))}. It can be neither pinned nor negotiated."
         screen.paragraph(study, style="warn")
-    table = catalog.names(met.architecture)
     names = [
         feature.name
         for word in sorted(met.words, key=words.order)
-        for feature in table.within(word, met.words[word])
-        if feature.width == 1 and feature.rule != "or"
+        for feature in reasons.shown(met.architecture, word, met.words[word])
+        if feature.rule != "or"
     ]
     screen.line(
         screen.bold(f"{count(len(names), 'feature')} that all of {count(len(reports), 'host')} offer")

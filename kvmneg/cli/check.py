@@ -34,7 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.contract and options_of.has_request(arguments):
         raise UsageError("--contract says it all: leave the request's flags out")
-    subject = options_of.request_of(arguments).describe()
+    architecture = "x86_64"
+    if arguments.report:
+        from kvmneg.cli import files
+
+        architecture = files.report(arguments.report).architecture
+    subject = options_of.request_of(arguments).describe(architecture)
     if arguments.contract:
         subject = f"the contract {arguments.contract}"
     blockers, scope, grade = _by_contract(arguments) if arguments.contract else _by_request(arguments)

@@ -68,15 +68,13 @@ class Result:
         accepting: tuple[Difference, ...],
         combo: list[dict[str, Any]],
     ) -> None:
-        from kvmneg.features.featureset import fits
-
         self.a = a
         self.b = b
         self.differences = differences
         self.accepting = accepting if accepting != differences else ()
         self.combo = combo
-        self.forth: tuple[Blocker, ...] = fits(a.granted, b.accept, missing_on=b.title)
-        self.back: tuple[Blocker, ...] = fits(b.granted, a.accept, missing_on=a.title)
+        self.forth = _obstacles(a, b)
+        self.back = _obstacles(b, a)
         self.fit = not self.forth, not self.back
         self.same = not (differences or accepting) and a.granted.architecture == b.granted.architecture
         self.unnamed = [] if a.granted.architecture != b.granted.architecture else _unnamed(a, b)
@@ -151,6 +149,17 @@ def _unnamed(a: Document, b: Document) -> list[dict[str, str]]:
             values = {"bits": left ^ right, "a": left, "b": right}
             rows.append({"word": word, **{name: f"{value:#x}" for name, value in values.items()}})
     return rows
+
+
+def _obstacles(guest: Document, there: Document) -> tuple[Blocker, ...]:
+    """Why a guest of one may not go to the other; on arm64 also what a host there cannot be told to show."""
+    from kvmneg.features.featureset import fits
+    from kvmneg.policy.negotiation import unreachable
+
+    found = fits(guest.granted, there.accept, missing_on=there.title)
+    if there.report is None or guest.granted.architecture != there.accept.architecture:
+        return found
+    return (*found, *unreachable(guest.granted, there.report.accepting(), "the guest"))
 
 
 def _combo(a: Document, b: Document) -> list[dict[str, Any]]:

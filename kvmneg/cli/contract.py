@@ -47,5 +47,5 @@ def run(arguments: argparse.Namespace) -> int:
         screen.words("file", [path])
     if emitted:
         requests.show_emission(screen, emitted)
-    screen.scope(scope(bool(contract.fence[0]), contract.architecture))
+    screen.scope(scope(True, contract.architecture))
     return 0

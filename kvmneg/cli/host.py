@@ -22,7 +22,8 @@ _GROUPS = (
     ("kvm guest", ("cpuid:0x4000",)),
     ("hyper-v", ("hyperv:",)),
     ("msr", ("msr:",)),
-    ("vm", ("kvm:",)),
+    ("registers", ("arm64:",)),
+    ("vm", ("kvm:", "arm:")),
     ("network", ("tap:", "vhost-net:")),
 )
 
@@ -117,9 +118,11 @@ def _levels(screen: Screen, report: Report) -> None:
     from kvmneg.policy import definitions
 
     table = catalog.names(report.architecture)
-    screen.head("levels")
+    names = definitions.levels(report.architecture)
+    if names:
+        screen.head("levels")
     told: set[str] = set()
-    for name in definitions.available("levels"):
+    for name in names:
         wanted = [table.feature(feature) for feature in definitions.level(name, report.architecture)]
         missing = [feature.name for feature in wanted if not report.offer.value(feature.word) & feature.mask]
         if missing:
@@ -133,17 +136,17 @@ def _levels(screen: Screen, report: Report) -> None:
 
 def _offered(screen: Screen, report: Report) -> None:
     from kvmneg.features import catalog
+    from kvmneg.policy import reasons
 
     table = catalog.names(report.architecture)
     found: dict[str, list[str]] = {group: [] for group, _ in _GROUPS}
     numbers: list[str] = []
     for word, value in sorted_words(report):
-        for feature in table.within(word, value):
-            if feature.rule == "or":
-                continue  # told to guests as a warning, not offered
-            if feature.width == 1:
-                found[_group(word)].append(feature.name)
-            elif feature.name in ("phys-bits", "linear-bits", "guest-phys-bits", "cap-max-vcpus"):
+        # an or-feature is told to guests as a warning, not offered
+        shown = reasons.shown(report.architecture, word, value)
+        found[_group(word)] += [feature.name for feature in shown if feature.rule != "or"]
+        for feature in table.at(word, value):
+            if feature.name in ("phys-bits", "linear-bits", "guest-phys-bits", "cap-max-vcpus"):
                 numbers.append(f"{feature.name} {value >> feature.shift & (1 << feature.width) - 1}")
     total = sum(map(len, found.values()))
     screen.head(f"offers {count(total, 'feature')}")

@@ -149,7 +149,7 @@ def _show(
     if arguments.report:
         sources.label(screen, files.report(arguments.report))
     request = options_of.request_of(arguments)
-    screen.line(f"{screen.good('yes')}: a contract for {request.describe()}")
+    screen.line(f"{screen.good('yes')}: a contract for {request.describe(offer.contract.architecture)}")
     requests.show_contract(screen, offer.contract, arguments.fence or "none pinned")
     if begun:
         screen.head(f"granted to VM {begun['vm']}")

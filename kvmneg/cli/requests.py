@@ -61,16 +61,24 @@ def emission(arguments: argparse.Namespace, contract: Contract, host: FeatureSet
 def show_contract(screen: Screen, contract: Contract, fence: str = "none pinned") -> None:
     """A contract for people: the features by kind, the numbers that matter; `fence` where it has no generation."""
     from kvmneg.features import catalog
+    from kvmneg.policy import reasons
 
     table = catalog.names(contract.architecture)
-    kinds: dict[str, list[str]] = {"cpu": [], "kvm guest": [], "hyper-v": [], "msr": [], "vm": []}
+    kinds: dict[str, list[str]] = {
+        "cpu": [],
+        "kvm guest": [],
+        "hyper-v": [],
+        "msr": [],
+        "registers": [],
+        "vm": [],
+    }
     kinds["told of"] = []  # what the guest must know to be safe, not something it is given
     numbers = []
     for word, value in contract.words().items():
-        for feature in table.within(word, value):
-            if feature.width == 1:
-                kinds["told of" if feature.rule == "or" else _kind(word)].append(feature.name)
-            elif feature.name in ("phys-bits", "linear-bits", "guest-phys-bits"):
+        for feature in reasons.shown(contract.architecture, word, value):
+            kinds["told of" if feature.rule == "or" else _kind(word)].append(feature.name)
+        for feature in table.at(word, value):
+            if feature.name in ("phys-bits", "linear-bits", "guest-phys-bits"):
                 numbers.append(f"{feature.name} {value >> feature.shift & (1 << feature.width) - 1}")
     screen.words("digest", [contract.digest])
     generation, _digest = contract.fence
@@ -94,7 +102,7 @@ def _kind(word: str) -> str:
     if word.startswith("cpuid:0x4000"):
         return "kvm guest"
     prefix = word.partition(":")[0]
-    return {"cpuid": "cpu", "hyperv": "hyper-v", "msr": "msr"}.get(prefix, "vm")
+    return {"cpuid": "cpu", "hyperv": "hyper-v", "msr": "msr", "arm64": "registers"}.get(prefix, "vm")
 
 
 def show_not_granted(screen: Screen, blockers: Iterable[Blocker]) -> None:

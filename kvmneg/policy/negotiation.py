@@ -120,7 +120,7 @@ def _answer(
     blockers = [
         reasons.missing(feature, wanted.by(feature), granted, host, fence, seen=seen) for feature in missing
     ]
-    wanted_by = "the fence" if fence else request.describe()
+    wanted_by = "the fence" if fence else request.describe(report.architecture)
     blockers += unreachable(granted, report, wanted_by)
     if seen is not None:
         blockers += _refused(granted, seen, wanted_by)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvmneg.features import catalog as catalogs
-from kvmneg.features import rules, sanity
+from kvmneg.features import rules, sanity, words
 from kvmneg.features.difference import Blocker
 from kvmneg.policy.contract import binding_mask
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvmneg.features.catalog import Feature
     from kvmneg.features.featureset import FeatureSet
     from kvmneg.features.report import Report
@@ -97,6 +99,20 @@ def given(feature: Feature, granted: FeatureSet, report: Report) -> bool:
     if feature.rule in _ABSENT_IS_A_VALUE:
         return value != rules.RULES[feature.rule].bottom(feature.width)
     return bool(value)
+
+
+def shown(architecture: str, word: str, value: int) -> Iterator[Feature]:
+    """What people would call the features of a word's value: single bits; on arm64 numbers too, that are not none."""
+    names = catalogs.names(architecture)
+    if architecture != words.ARM64:
+        yield from (feature for feature in names.within(word, value) if feature.width == 1)
+        return
+    for feature in names.by_place.get(word, ()):
+        if feature.rule in rules.RULES and feature.rule != rules.MATCH:
+            # 0 is not always none
+            none = rules.RULES[feature.rule].bottom(feature.width) if feature.width > 1 else 0
+            if feature.of(value) != none:
+                yield feature
 
 
 def missing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from kvmneg import limits
 from kvmneg.errors import LimitExceeded, UsageError
+from kvmneg.features.words import X86_64
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -113,8 +114,10 @@ class Request:
             document["requireEnforced"] = True
         return document
 
-    def describe(self) -> str:
+    def describe(self, architecture: str = X86_64) -> str:
         """The name a blocker gives as the one who wants a feature."""
+        if self.default and architecture != X86_64:
+            return "the request"
         if self.maximum:
             return "max"
         return "exact" if self.exact is not None else str(self.level)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvmneg.errors import UsageError
+from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits, meet
@@ -75,7 +76,8 @@ def judge(new: Report, old: Report, vmm: str | None = None) -> Answer:
         raise UsageError(f"{new.host} is {new.architecture}, {old.host} is {old.architecture}")
     met = meet(new.offer, old.accept)
     blockers = [Blocker.of_conflict(conflict, f"host {old.host}") for conflict in met.conflicts]
-    unfenced = list(fits(new.offer, old.accept, missing_on=f"host {old.host}"))
+    unasked = _unasked(new.offer)
+    unfenced = list(fits(unasked, old.accept, missing_on=f"host {old.host}"))
     dropped: tuple[Entry, ...] = ()
     granted = met
     if new.architecture == words.ARM64:
@@ -84,13 +86,22 @@ def judge(new: Report, old: Report, vmm: str | None = None) -> Answer:
         levelled = levelling.level(met, (new, old))
         granted = levelled.granted
         blockers += [one.blocker() for one in levelled.conflicts]
-        unfenced += levelling.unreachable(new.offer, old, "a guest without a fence")
+        unfenced += levelling.unreachable(unasked, old, "a guest without a fence")
         rules = _rules(new, old, granted)
         dropped = tuple(one for one in rules if one.rule in (portable.DROP_IF, portable.DROP_IF_TIMER_OFF))
         blockers += portable.unknown(rules, old, vmm)
         unfenced += portable.unknown([_without(one) for one in rules], old, vmm)
     fence = None if blockers else Fence(granted, registers=portable.common((new, old)))
     return Answer(fence, _sorted(blockers), _sorted(unfenced), dropped, _scope(new, old))
+
+
+def _unasked(offer: FeatureSet) -> FeatureSet:
+    """What a guest gets that asks for nothing by name."""
+    values = dict(offer.words)
+    for feature in catalogs.names(offer.architecture).by_name.values():
+        if feature.withheld and feature.word in values:
+            values[feature.word] &= ~feature.mask
+    return FeatureSet.of(offer.architecture, values)
 
 
 def _rules(new: Report, old: Report, granted: FeatureSet) -> tuple[Entry, ...]:

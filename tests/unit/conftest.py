@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Puts tests/unit/strategies.py where the tests here can import it, and reads the recorded reports."""
+"""Puts strategies.py and arm64_reports.py where the tests here can import them, and reads the recorded reports."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 
-def _load_strategies() -> None:
-    spec = importlib.util.spec_from_file_location("strategies", HERE / "strategies.py")
+def _load(name: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["strategies"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
 
 
-_load_strategies()
+_load("strategies")
+_load("arm64_reports")
 
 
 def _report(name: str) -> Report:

@@ -66,6 +66,13 @@ def level(name: str, architecture: str) -> tuple[str, ...]:
     return (*(level(base, architecture) if base else ()), *table["features"])
 
 
+def levels(architecture: str) -> tuple[str, ...]:
+    """The names of an architecture's levels, sorted; arm64 has none yet."""
+    return tuple(
+        name for name in available("levels") if _load("levels", name)["architecture"] == architecture
+    )
+
+
 def platform(name: str, architecture: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(beginnings of the addresses of the words it bounds, the features it has in these).
 
