@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,9 @@ def interpreter() -> float:
     return seconds(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True))
 
 
-def with_catalogue() -> float:
-    """The interpreter, and the catalogue's rules loaded: what every program of kvmneg's begins with."""
-    code = "from kvmneg.features import catalog; catalog.load('x86_64')"
+def with_catalogue(architecture: str) -> float:
+    """The interpreter, and a catalogue's rules loaded: what every program of kvmneg's begins with."""
+    code = f"from kvmneg.features import catalog; catalog.load({architecture!r})"
     return seconds(lambda: subprocess.run([sys.executable, "-P", "-c", code], check=True))
 
 
@@ -72,9 +73,12 @@ def first_reply(state: Path) -> float:
 
 def figures(programs: Path, state: Path) -> Iterator[Figure]:
     """Both by absolute path in the environment they are installed in."""
-    ratio, ours, theirs = interleaved(with_catalogue, interpreter, CATALOGUE_ROUNDS)
-    detail = f"{ours * 1e3:.1f} ms to {theirs * 1e3:.1f} ms"
-    yield Figure("what the catalogue adds / python -c pass", ratio - 1, 0.3, detail=detail)
+    for architecture, of_it in (("x86_64", ""), ("arm64", " of arm64")):
+        ratio, ours, theirs = interleaved(
+            partial(with_catalogue, architecture), interpreter, CATALOGUE_ROUNDS
+        )
+        detail = f"{ours * 1e3:.1f} ms to {theirs * 1e3:.1f} ms"
+        yield Figure(f"what the catalogue{of_it} adds / python -c pass", ratio - 1, 0.3, detail=detail)
     first_reply(state)  # makes the state directory's database
     ratio, ours, theirs = interleaved(lambda: first_reply(state), interpreter)
     detail = f"{ours * 1e3:.0f} ms to {theirs * 1e3:.0f} ms"

@@ -71,7 +71,7 @@ def test_n1_can_go_back_from_6_18_to_6_1_under_a_fence() -> None:
 
 
 def test_n1_cannot_go_back_from_6_1_to_5_10() -> None:
-    """5.10 shows statistical profiling, a newer debug version and a PMU, and takes nothing else; it knows no bitmaps."""
+    """5.10 shows profiling, a newer debug version and a PMU, and takes nothing else; it knows no bitmaps."""
     answer = rollback.judge(n1("6.1"), n1("5.10"))
     assert answer.fence is None
     assert {blocker.feature for blocker in answer.blockers} == {

@@ -289,3 +289,51 @@ def test_a_property_of_another_type_is_named(name: str, value: object, what: str
 def test_another_reply_is_refused(document: object, what: str) -> None:
     with pytest.raises(BadInput, match=f"^box:[1-9]: .*{what}"):
         qemu_expansion.read(lines(document), BOX)
+
+
+# -- firecracker, arm64 ------------------------------------------------------------------------------
+
+
+def _register(register: str, bits: str = "1") -> dict[str, str]:
+    return {"addr": register, "bitmap": f"0b{bits.zfill(128)}"}
+
+
+def _arm64(*rows: dict[str, str]) -> bytes:
+    return lines({"kernel_version": "6.1.176", "guest_cpu_config": {"reg_modifiers": list(rows)}})
+
+
+def test_a_fingerprint_of_arm64_lists_registers() -> None:
+    report = firecracker_fingerprint.read(
+        _arm64(
+            _register("0x6030000000140000", f"{0x1_0001:b}"),
+            _register("0x603000000013c020", f"{0x1_0000_0011:b}"),
+            _register("0x603000000013c080"),  # SCTLR_EL1, a guest's state
+            _register("0x60200000001000d4"),
+        ),
+        BOX,
+    )
+    assert report.architecture == words.ARM64
+    assert report.offer_words == {
+        "arm64:0x6030000000140000": 0x1_0001, "arm64:0x603000000013c020": 0x1_0000_0011, "arm:vcpu-features": 0b10100,
+    }  # fmt: skip
+    assert report.registers == (
+        0x6020_0000_0010_00D4, 0x6030_0000_0013_C020, 0x6030_0000_0013_C080, 0x6030_0000_0014_0000,
+    )  # fmt: skip
+    assert report.combo["kernel"] == "6.1.176" and report.settable_words == {}
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ([_register("6030000000140000")], "is not a register's id"),
+        ([_register("0x1000000000000000000")], "is not a register's id"),
+        ([_register("0x6030000000140000"), _register("0x6030000000140000")], "is there twice"),
+        ([_register("0x6030000000140000", "1" * 65)], "more bits than register"),
+        ([{"addr": "0x6030000000140000", "bitmap": "0b1x"}], "a template"),
+        ([{"addr": "0x6030000000140000"}], "has no 'bitmap'"),
+    ],
+)
+def test_what_is_no_register_is_refused(rows: list[dict[str, str]], what: str) -> None:
+    with pytest.raises(BadInput) as error:
+        firecracker_fingerprint.read(_arm64(*rows), BOX)
+    assert what in str(error.value)

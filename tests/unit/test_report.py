@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import given
 from strategies import ARCHITECTURE, CATALOG, raw
 
+from kvmneg import limits
+from kvmneg.errors import BadInput
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
 from kvmneg.policy.fence import Fence
@@ -106,3 +109,59 @@ def test_the_recorded_reports_say_what_they_are(intel: Report, amd: Report, soft
         )
         assert letters.decode() == vendor == report.identity["vendor"]
         assert report.measured["source"] == "recorded"
+
+
+# -- arm64 -------------------------------------------------------------------------------------------
+
+
+def _arm64(**sections: object) -> bytes:
+    document = {
+        "format": "kvmneg.report/1",
+        "architecture": "arm64",
+        "offer": {"arm64:0x6030000000160000": "0x1"},
+    }
+    return json.dumps({**document, **sections}).encode()
+
+
+def test_what_a_probe_of_arm64_found_is_kept() -> None:
+    sections = {
+        "settable": {"arm64:0x6030000000160000": "0x0000000000000001"},
+        "dropped": {"arm64:0x603000000013c03a": "0x000000000f000000"},
+        "registers": ["0x6030000000100000", "0x6030000000160000"],
+    }
+    report = Report.loads(_arm64(**sections))
+    assert report.settable_words == {"arm64:0x6030000000160000": 1}
+    assert report.dropped_words == {"arm64:0x603000000013c03a": 0xF << 24}
+    assert report.registers == (0x6030_0000_0010_0000, 0x6030_0000_0016_0000)
+    document = report.to_json()
+    assert {name: document[name] for name in sections} == sections
+    assert report.digest() != Report.loads(_arm64()).digest()
+    assert {"settable", "dropped", "registers"} & set(Report.loads(_arm64()).to_json()) == set()
+    accepting = Report.loads(_arm64(**sections, accept={"arm64:0x6030000000160001": "0x1"})).accepting()
+    assert accepting.registers == report.registers and accepting.settable_words == report.settable_words
+
+
+@pytest.mark.parametrize(
+    ("sections", "what"),
+    [
+        ({"registers": {}}, "not a JSON list"),
+        ({"registers": [1]}, "register's id"),
+        ({"registers": ["0X1"]}, "register's id"),
+        ({"registers": ["0x01"]}, "register's id"),
+        ({"registers": ["0x10000000000000000"]}, "register's id"),
+        ({"registers": ["0x2", "0x1"]}, "order"),
+        ({"registers": ["0x1", "0x1"]}, "order"),
+        ({"settable": {"arm64:0x1": "1"}}, "settable"),
+        ({"settable": []}, "settable is not a JSON object"),
+        ({"dropped": {"arm64:0x01": "0x1"}}, "dropped"),
+        ({"registers": [hex(n) for n in range(limits.REGISTERS + 1)]}, str(limits.REGISTERS)),
+    ],
+)
+def test_bad_sections_of_arm64_are_refused(sections: dict[str, object], what: str) -> None:
+    with pytest.raises(BadInput, match=what):
+        Report.loads(_arm64(**sections))
+
+
+def test_as_many_registers_as_the_limit_are_read() -> None:
+    listed = [hex(n) for n in range(limits.REGISTERS)]
+    assert len(Report.loads(_arm64(registers=listed)).registers) == limits.REGISTERS
