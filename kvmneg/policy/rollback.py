@@ -17,7 +17,7 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits, meet
-from kvmneg.policy import portable
+from kvmneg.policy import coverage, portable
 from kvmneg.policy.fence import Fence
 
 TYPE_CHECKING = False
@@ -75,7 +75,8 @@ def judge(new: Report, old: Report, vmm: str | None = None) -> Answer:
     if new.architecture != old.architecture:
         raise UsageError(f"{new.host} is {new.architecture}, {old.host} is {old.architecture}")
     met = meet(new.offer, old.accept)
-    blockers = [Blocker.of_conflict(conflict, f"host {old.host}") for conflict in met.conflicts]
+    blockers = [*coverage.blockers(new), *coverage.blockers(old)]
+    blockers += [Blocker.of_conflict(conflict, f"host {old.host}") for conflict in met.conflicts]
     unasked = _unasked(new.offer)
     unfenced = list(fits(unasked, old.accept, missing_on=f"host {old.host}"))
     dropped: tuple[Entry, ...] = ()

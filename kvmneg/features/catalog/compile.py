@@ -351,7 +351,8 @@ def _module(values: dict[str, Any]) -> str:
     for name, value in values.items():
         if isinstance(value, dict):
             body = "".join(f"    {key!r}: {item!r},\n" for key, item in value.items())
-            parts.append(f"{name} = {{\n{body}}}\n")
+            kind = "" if value else ": dict[str, object]"  # a type checker cannot tell that of an empty one
+            parts.append(f"{name}{kind} = {{\n{body}}}\n")
         else:
             body = "".join(f"    {item!r},\n" for item in value)
             parts.append(f"{name} = (\n{body})\n")
