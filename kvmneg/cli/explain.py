@@ -219,6 +219,10 @@ def _show(table: Names, feature: Feature, here: Place | None, places: list[Place
         ("rule", f"{feature.rule}: {rules.MEANING[feature.rule]}"),
         ("because", feature.why),
         ("withheld", feature.withheld),
+        (
+            "settable",
+            f"upstream since Linux {feature.settable}" if feature.settable not in ("", "never") else "",
+        ),
         ("needs", ", ".join(feature.requires)),
         ("needed by", ", ".join(needed_by(table, feature))),
     ]
