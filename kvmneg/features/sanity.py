@@ -194,7 +194,7 @@ def _xsave(words: Mapping[str, int]) -> Iterator[Finding]:
     if xcr0 and not xcr0 & 1:
         what = "XCR0 without x87 state, which cannot be disabled"
         yield Finding(_XCR0, what, ((_XCR0, _ALL), (_XCR0_HIGH, _ALL)))
-        return
+        xcr0 = 0
     if xcr0 & _SUPERVISOR:
         what = f"XCR0 bits {xcr0 & _SUPERVISOR:#x} of supervisor components"
         yield Finding(_XCR0, what, ((_XCR0, _SUPERVISOR),))

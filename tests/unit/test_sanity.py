@@ -207,6 +207,19 @@ def test_other_architectures_have_no_such_checks() -> None:
     assert impossible("arm64", {EAX: 0xFFFFFFFF}) == ()
 
 
+def test_supervisor_components_are_looked_at_where_xcr0_is_impossible_too() -> None:
+    words_ = {
+        "cpuid:0xd.0.edx": 1 << 30,
+        "cpuid:0xd.1.ecx": 1 << 8,
+        "cpuid:0xd.8.eax": 64,
+        "cpuid:0xd.8.ecx": 0x40,
+    }
+    assert [finding.word for finding in impossible(ARCHITECTURE, words_)] == [
+        "cpuid:0xd.0.eax",
+        "cpuid:0xd.8.eax",
+    ]
+
+
 # -- whatever is measured: an independent reading of the offer -------------------------------------------
 
 
