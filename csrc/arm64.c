@@ -1,132 +1,134 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* What an arm64 KVM offers: the twin of x86.c. ID registers are read from a scratch vCPU. */
+/* What an arm64 KVM offers: the twin of x86.c. What it gives a vCPU is tried on scratch VMs (arm64-trial.c). */
 
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "internal.h"
-#include "kvm-constants.h"
+#include "arm64.h"
 
-#define REGISTERS_HINT 1024 /* 330 to 400 registers, 700 with SVE */
+#define PMU_ATTRIBUTES 5 /* KVM_ARM_VCPU_PMU_V3_CTRL: IRQ, INIT, FILTER, SET_PMU, SET_NR_COUNTERS */
 
-static_assert(sizeof(struct kvmneg_vcpu_init) == sizeof(struct kvm_vcpu_init), "layout");
-static_assert(offsetof(struct kvmneg_registers, ids) == offsetof(struct kvm_reg_list, reg), "layout");
+static_assert(sizeof(struct kvmneg_mask_range) == 64, "layout");
 
-int kvmneg_get_preferred_target(int vm_fd, struct kvmneg_vcpu_init *ret_init, struct kvmneg_trace *trace) {
-        struct kvmneg_vcpu_init init = {};
-        int r = ioctl_pointer(vm_fd, KVM_ARM_PREFERRED_TARGET, &init, trace);
+/* GICD_IIDR of vCPU 0's distributor view; the vCPU's MPIDR, or its number with a GICv2, is 0. */
+static struct kvm_device_attr iidr_attribute(uint32_t *iidr) {
+        return (struct kvm_device_attr) { .group = KVM_DEV_ARM_VGIC_GRP_DIST_REGS,
+                                          .attr = GICD_IIDR,
+                                          .addr = (uint64_t) (uintptr_t) iidr };
+}
+
+int kvmneg_internal_get_iidr(int vgic_fd, uint32_t *ret_iidr, struct kvmneg_trace *trace) {
+        uint32_t iidr = 0;
+        struct kvm_device_attr attribute = iidr_attribute(&iidr);
+        int r = ioctl_pointer(vgic_fd, KVM_GET_DEVICE_ATTR, &attribute, trace);
 
         if (r < 0)
                 return r;
-        *ret_init = init;
+        *ret_iidr = iidr;
         return 0;
 }
 
-/* KVM_ARM_VCPU_INIT (api.rst 4.82) with the preferred target and PSCI 0.2, which every guest of today wants:
- * without it the firmware registers do not exist. */
-static int init_vcpu(int vm_fd, int vcpu_fd, struct kvmneg_trace *trace) {
-        struct kvmneg_vcpu_init init;
-        int r = kvmneg_get_preferred_target(vm_fd, &init, trace);
+int kvmneg_internal_set_iidr(int vgic_fd, uint32_t iidr, struct kvmneg_trace *trace) {
+        struct kvm_device_attr attribute = iidr_attribute(&iidr);
+        int r = ioctl_pointer(vgic_fd, KVM_SET_DEVICE_ATTR, &attribute, trace);
 
-        if (r < 0)
-                return r;
-        init.features[0] |= UINT32_C(1) << KVM_ARM_VCPU_PSCI_0_2;
-        r = ioctl_pointer(vcpu_fd, KVM_ARM_VCPU_INIT, &init, trace);
         return r < 0 ? r : 0;
 }
 
-int kvmneg_create_scratch(int kvm_fd, int *ret_vm_fd, int *ret_vcpu_fd, struct kvmneg_trace *trace) {
-        int vm_fd, vcpu_fd, r;
+/* KVM_CREATE_DEVICE that only asks (api.rst 4.79). */
+static int get_vgic_models(int vm_fd, uint32_t *ret_models, struct kvmneg_trace *trace) {
+        static const uint32_t types[] = { KVM_DEV_TYPE_ARM_VGIC_V2, KVM_DEV_TYPE_ARM_VGIC_V3,
+                                          KVM_DEV_TYPE_ARM_VGIC_ITS };
+        uint32_t models = 0;
 
-        r = kvmneg_create_vm(kvm_fd, &vm_fd, trace);
-        if (r < 0)
-                return r;
-        r = kvmneg_internal_create_vcpu(vm_fd, &vcpu_fd, trace);
-        if (r < 0) {
-                kvmneg_close(vm_fd);
-                return r;
+        for (unsigned i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
+                struct kvm_create_device device = { .type = types[i], .flags = KVM_CREATE_DEVICE_TEST };
+                int r = ioctl_pointer(vm_fd, KVM_CREATE_DEVICE, &device, trace);
+
+                if (r < 0 && !refused(r))
+                        return r;
+                if (r >= 0)
+                        models |= UINT32_C(1) << i;
         }
-        r = init_vcpu(vm_fd, vcpu_fd, trace);
-        if (r < 0) {
-                kvmneg_close(vcpu_fd);
-                kvmneg_close(vm_fd);
-                return r;
-        }
-        *ret_vm_fd = vm_fd;
-        *ret_vcpu_fd = vcpu_fd;
+        *ret_models = models;
         return 0;
 }
 
-/* KVM answers E2BIG together with the number it has. */
-int kvmneg_get_registers(int vcpu_fd, uint32_t hint, struct kvmneg_registers **ret_registers,
-                         struct kvmneg_trace *trace) {
-        uint64_t capacity = hint > 0 ? hint : REGISTERS_HINT;
+/* 1 where a VM or a vCPU has an attribute, 0 where it has not. */
+static int has_attribute(int fd, uint32_t group, uint64_t number, struct kvmneg_trace *trace) {
+        struct kvm_device_attr attribute = { .group = group, .attr = number };
+        int r = ioctl_pointer(fd, KVM_HAS_DEVICE_ATTR, &attribute, trace);
 
-        for (unsigned tries = 0; tries < 3 && capacity <= KVMNEG_REGISTERS_MAX; tries++) {
-                struct kvmneg_registers *table;
-                uint64_t told;
-                int r;
-
-                table = kvmneg_internal_table(sizeof(*table), capacity, sizeof(table->ids[0]));
-                if (!table)
-                        return -ENOMEM;
-                table->count = capacity;
-                r = ioctl_pointer(vcpu_fd, KVM_GET_REG_LIST, table, trace);
-                told = table->count;
-                if (r >= 0 && told <= capacity) {
-                        *ret_registers = table;
-                        return 0;
-                }
-                free(table);
-                if (r >= 0)
-                        return -EPROTO; /* more registers than there was room for: not KVM */
-                if (r != -E2BIG)
-                        return r;
-                capacity = told;
-        }
-        return -E2BIG;
+        if (r < 0)
+                return refused(r) ? 0 : r;
+        return 1;
 }
 
-int kvmneg_get_register(int vcpu_fd, uint64_t id, uint64_t *ret_value, struct kvmneg_trace *trace) {
-        uint64_t size = id & KVM_REG_SIZE_MASK, value = 0;
-        uint32_t narrow = 0;
-        struct kvm_one_reg request = { .id = id };
-        int r;
+static int get_pmu_attributes(int vcpu_fd, uint32_t *ret_attributes, struct kvmneg_trace *trace) {
+        uint32_t attributes = 0;
 
-        if (size == KVM_REG_SIZE_U64)
-                request.addr = (uint64_t) (uintptr_t) &value;
-        else if (size == KVM_REG_SIZE_U32)
-                request.addr = (uint64_t) (uintptr_t) &narrow;
-        else
-                return -EINVAL;
-        r = ioctl_pointer(vcpu_fd, KVM_GET_ONE_REG, &request, trace);
-        if (r < 0)
+        for (unsigned n = 0; n < PMU_ATTRIBUTES; n++) {
+                int r = has_attribute(vcpu_fd, KVM_ARM_VCPU_PMU_V3_CTRL, n, trace);
+                if (r < 0)
+                        return r;
+                attributes |= (uint32_t) r << n;
+        }
+        *ret_attributes = attributes;
+        return 0;
+}
+
+/* Only a KVM in protected mode makes a protected VM; one that does not know the type says EINVAL. */
+static int get_protected(int kvm_fd, uint32_t *ret_protected, struct kvmneg_trace *trace) {
+        int r = kvmneg_internal_ioctl(kvm_fd, KVM_CREATE_VM, KVMNEG_VM_TYPE_PROTECTED, trace);
+
+        if (r < 0 && !refused(r) && r != -EINTR)
                 return r;
-        *ret_value = size == KVM_REG_SIZE_U64 ? value : narrow;
+        *ret_protected = r >= 0;
+        kvmneg_close(r);
         return 0;
 }
 
 struct kvmneg_probe *kvmneg_probe_free(struct kvmneg_probe *probe) {
         if (probe) {
                 free(probe->registers);
+                free(probe->trials);
                 free(probe);
         }
         return NULL;
 }
 
+/* What a VM says without a vCPU. */
+static int probe_vm(int kvm_fd, int vm_fd, struct kvmneg_probe *probe, struct kvmneg_trace *trace) {
+        int r = kvmneg_get_preferred_target(vm_fd, &probe->init, trace);
+
+        if (r >= 0)
+                r = get_vgic_models(vm_fd, &probe->vgic_models, trace);
+        if (r >= 0)
+                r = has_attribute(vm_fd, KVMNEG_VM_SMCCC_CTRL, KVMNEG_VM_SMCCC_FILTER, trace);
+        if (r < 0)
+                return r;
+        probe->vm_attributes = (uint32_t) r;
+        return get_protected(kvm_fd, &probe->protected_vms, trace);
+}
+
 static int probe_all(int kvm_fd, int vm_fd, int vcpu_fd, struct kvmneg_probe *probe, struct kvmneg_trace *trace) {
         int r = kvmneg_get_capabilities(kvm_fd, vm_fd, &probe->capabilities, trace);
 
+        if (r >= 0 && vm_fd >= 0)
+                r = probe_vm(kvm_fd, vm_fd, probe, trace);
+        if (r < 0 || vcpu_fd < 0)
+                return r;
+        r = get_pmu_attributes(vcpu_fd, &probe->pmu_attributes, trace);
+        if (r >= 0)
+                r = kvmneg_get_registers(vcpu_fd, 0, &probe->registers, trace);
+        if (r >= 0)
+                r = kvmneg_internal_try_registers(vm_fd, vcpu_fd, probe, trace);
+        if (r >= 0)
+                r = kvmneg_internal_try_unfinished(kvm_fd, probe, trace);
         if (r < 0)
                 return r;
-        if (vm_fd >= 0) {
-                r = kvmneg_get_preferred_target(vm_fd, &probe->init, trace);
-                if (r < 0)
-                        return r;
-        }
-        return vcpu_fd >= 0 ? kvmneg_get_registers(vcpu_fd, 0, &probe->registers, trace) : 0;
+        return kvmneg_internal_try_features(kvm_fd, probe->vcpu_features, &probe->vcpu_features, trace);
 }
 
 int kvmneg_probe(int kvm_fd, int vm_fd, int vcpu_fd, struct kvmneg_probe **ret_probe, struct kvmneg_trace *trace) {

@@ -5,6 +5,8 @@
  */
 #pragma once
 
+#include <stdint.h>
+
 #include <linux/kvm.h>
 
 #define KVMNEG_KVM_API_VERSION 12 /* KVM_API_VERSION; frozen since Linux 2.6.22 */
@@ -36,7 +38,33 @@
 /* KVM_GET_MSRS refuses this many in one call (MAX_IO_MSRS in arch/x86/kvm/x86.c). */
 #define KVMNEG_MSRS_PER_CALL 255
 #elif defined(__aarch64__)
+/* Features of KVM_ARM_VCPU_INIT newer than Linux 6.1. */
 #ifndef KVM_ARM_VCPU_HAS_EL2
 #define KVM_ARM_VCPU_HAS_EL2 7
+#define KVM_ARM_VCPU_HAS_EL2_E2H0 8
 #endif
+#define KVMNEG_ARM_VCPU_PMU_V3_STRICT 9 /* KVM_ARM_VCPU_PMU_V3_STRICT, capability 251 */
+
+/* The fourth hypercall bitmap (Linux 6.15). */
+#define KVMNEG_REG_ARM_VENDOR_HYP_BMAP_2 KVM_REG_ARM_FW_FEAT_BMAP_REG(3)
+
+/* KVM_ARM_GET_REG_WRITABLE_MASKS (Linux 6.7): a mask for each register of the ID space, by
+ * KVM_ARM_FEATURE_ID_RANGE_IDX(). */
+#define KVMNEG_FEATURE_ID_RANGE_SIZE (3 * 8 * 8)
+struct kvmneg_mask_range { /* struct reg_mask_range */
+        uint64_t addr;
+        uint32_t range; /* 0: the feature ID registers */
+        uint32_t reserved[13];
+};
+#ifndef KVM_ARM_GET_REG_WRITABLE_MASKS
+#define KVM_ARM_GET_REG_WRITABLE_MASKS _IOR(KVMIO, 0xb6, struct kvmneg_mask_range)
+#endif
+
+/* KVM_HAS_DEVICE_ATTR on a VM: KVM_ARM_VM_SMCCC_CTRL, KVM_ARM_VM_SMCCC_FILTER (Linux 6.4). */
+#define KVMNEG_VM_SMCCC_CTRL 0
+#define KVMNEG_VM_SMCCC_FILTER 0
+/* KVM_ARM_VCPU_PMU_V3_SET_NR_COUNTERS (Linux 6.16) */
+#define KVMNEG_PMU_V3_SET_NR_COUNTERS 4
+/* KVM_CREATE_VM's type of a protected VM: KVM_VM_TYPE_ARM_PROTECTED */
+#define KVMNEG_VM_TYPE_PROTECTED (UINT32_C(1) << 31)
 #endif

@@ -86,8 +86,9 @@ int kvmneg_close(int fd);
 void *kvmneg_free(void *memory);
 
 /*
- * A VM with one vCPU, never to be run; on arm64 the vCPU is initialised with the preferred target and the
- * feature PSCI_0_2, without which the firmware registers do not exist. Close the vCPU first.
+ * A VM with one vCPU, never to be run. On arm64 the VM has a vGIC (v3, else v2, else none), without which ID
+ * registers show none, and the vCPU is of the preferred target, powered off, with PSCI 0.2 and as many of PMU, SVE
+ * and pointer authentication as KVM takes, and finalised. Close the vCPU first.
  */
 int kvmneg_create_scratch(int kvm_fd, int *ret_vm_fd, int *ret_vcpu_fd, struct kvmneg_trace *trace);
 
@@ -213,16 +214,58 @@ int kvmneg_get_preferred_target(int vm_fd, struct kvmneg_vcpu_init *ret_init, st
 int kvmneg_get_registers(int vcpu_fd, uint32_t hint, struct kvmneg_registers **ret_registers,
                          struct kvmneg_trace *trace);
 
-/* KVM_GET_ONE_REG (api.rst 4.69) of a register of 32 or 64 bits; -EINVAL for other sizes. */
+/* KVM_GET_ONE_REG and KVM_SET_ONE_REG (api.rst 4.69, 4.68) of a register of 32 or 64 bits, or of SVE_VLS
+ * (0x606000000015ffff), of which the first 64 bits are the value and the others zero; -EINVAL for other sizes. */
 int kvmneg_get_register(int vcpu_fd, uint64_t id, uint64_t *ret_value, struct kvmneg_trace *trace);
+int kvmneg_set_register(int vcpu_fd, uint64_t id, uint64_t value, struct kvmneg_trace *trace);
+
+/* A register that decides what a guest sees, as a trial found it. */
+struct kvmneg_trial {
+        uint64_t id;
+        uint64_t reset;    /* what the first KVM_GET_ONE_REG said */
+        uint64_t value;    /* what can be given: `reset`; of a hypercall bitmap every bit that KVM takes, of
+                              PSCI_VERSION the highest version */
+        uint64_t settable; /* bits that user space can change: written, read back, and put back */
+        uint64_t dropped;  /* bits that KVM never changed, though it took a write of them without an error */
+        uint64_t writable; /* what KVM_ARM_GET_REG_WRITABLE_MASKS claims, 0 without it */
+};
+
+struct kvmneg_trials {
+        uint32_t count;
+        uint32_t padding;
+        struct kvmneg_trial entries[];
+};
+
+enum {
+        KVMNEG_VGIC_V2 = 1, /* bits of `vgic_models` */
+        KVMNEG_VGIC_V3 = 2,
+        KVMNEG_VGIC_ITS = 4,
+        KVMNEG_PSCI_VERSIONS = 16,
+};
 
 struct kvmneg_probe {
         struct kvmneg_capabilities capabilities;
         struct kvmneg_vcpu_init init;       /* the preferred target; zero without a VM */
+        uint64_t vcpu_features;             /* bit n: KVM_ARM_VCPU_INIT takes feature n, alone or with those it needs */
+        uint32_t vgic_models;               /* KVMNEG_VGIC_* joined */
+        uint32_t vgic_iidr;                 /* GICD_IIDR as it is at first; 0 where no vGIC could be asked */
+        uint32_t vgic_revisions;            /* bit n: GICD_IIDR.Revision n is taken and read back */
+        uint32_t vgic_revisions_dropped;    /* bit n: revision n is taken, and another one read back */
+        uint32_t vm_attributes;             /* bit 0: the SMCCC filter exists (KVM_ARM_VM_SMCCC_FILTER) */
+        uint32_t pmu_attributes;            /* bit n: the vCPU has attribute n of KVM_ARM_VCPU_PMU_V3_CTRL */
+        uint32_t protected_vms;             /* 1: KVM makes protected VMs (pKVM) */
+        uint32_t psci_count;
+        uint32_t psci_versions[KVMNEG_PSCI_VERSIONS]; /* those that PSCI_VERSION takes, major << 16 | minor */
         struct kvmneg_registers *registers; /* NULL without a vCPU */
+        struct kvmneg_trials *trials;       /* NULL without a vCPU */
 };
 
-/* The twin of x86's: `vm_fd` and `vcpu_fd` may be -1. Release with kvmneg_probe_free(). */
+/*
+ * The twin of x86's: `vm_fd` and `vcpu_fd` may be -1. They are those of kvmneg_create_scratch(): the vCPU is
+ * tried out and must not be used for anything else. What must be tried before a vCPU is complete (lengths of SVE
+ * vectors, implementation ids, other features) is tried on VMs that it makes and closes. Release with
+ * kvmneg_probe_free().
+ */
 int kvmneg_probe(int kvm_fd, int vm_fd, int vcpu_fd, struct kvmneg_probe **ret_probe, struct kvmneg_trace *trace);
 struct kvmneg_probe *kvmneg_probe_free(struct kvmneg_probe *probe);
 #endif

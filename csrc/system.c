@@ -38,8 +38,16 @@ static const struct {
 #elif defined(__aarch64__)
         NAME(KVM_ARM_PREFERRED_TARGET),
         NAME(KVM_ARM_VCPU_INIT),
+        NAME(KVM_ARM_VCPU_FINALIZE),
+        NAME(KVM_ARM_GET_REG_WRITABLE_MASKS),
         NAME(KVM_GET_REG_LIST),
         NAME(KVM_GET_ONE_REG),
+        NAME(KVM_SET_ONE_REG),
+        NAME(KVM_ENABLE_CAP),
+        NAME(KVM_CREATE_DEVICE),
+        NAME(KVM_SET_DEVICE_ATTR),
+        NAME(KVM_GET_DEVICE_ATTR),
+        NAME(KVM_HAS_DEVICE_ATTR),
 #endif
 #undef NAME
 };
@@ -186,13 +194,28 @@ int kvmneg_get_capabilities(int kvm_fd, int vm_fd, struct kvmneg_capabilities *r
         return 0;
 }
 
-int kvmneg_create_vm(int kvm_fd, int *ret_vm_fd, struct kvmneg_trace *trace) {
+/* KVM_CREATE_VM of a type. */
+static int create_vm(int kvm_fd, unsigned long type, struct kvmneg_trace *trace) {
         int r = -EINTR;
 
         /* A signal that is pending while KVM takes the address space's locks makes it give up; the next try
          * finds the signal handled. */
         for (unsigned tries = 0; r == -EINTR && tries < CREATE_VM_TRIES; tries++)
-                r = kvmneg_internal_ioctl(kvm_fd, KVM_CREATE_VM, 0, trace);
+                r = kvmneg_internal_ioctl(kvm_fd, KVM_CREATE_VM, type, trace);
+        return r;
+}
+
+int kvmneg_create_vm(int kvm_fd, int *ret_vm_fd, struct kvmneg_trace *trace) {
+        int r = create_vm(kvm_fd, 0, trace);
+
+#if defined(__aarch64__)
+        /* Type 0 is a VM with 40 bits of guest address; a CPU with fewer has only smaller ones (api.rst 4.2). */
+        if (r == -EINVAL) {
+                int bits = kvmneg_internal_ioctl(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_ARM_VM_IPA_SIZE, trace);
+                if (bits > 0)
+                        r = create_vm(kvm_fd, KVM_VM_TYPE_ARM_IPA_SIZE(bits), trace);
+        }
+#endif
         if (r < 0)
                 return r;
         *ret_vm_fd = r;

@@ -34,6 +34,8 @@ def network() -> dict[str, int]:
 
 def kvm() -> dict[str, int]:
     """Every KVM ioctl that csrc/ makes on any architecture, name → number."""
+    from ctypes import c_int
+
     from ioctl_opt import IO, IOR, IOW, IOWR
 
     layouts = _kvm_layouts()
@@ -42,7 +44,11 @@ def kvm() -> dict[str, int]:
         "KVM_CREATE_VM": IO(_KVMIO, 0x01),
         "KVM_CHECK_EXTENSION": IO(_KVMIO, 0x03),
         "KVM_CREATE_VCPU": IO(_KVMIO, 0x41),
+        "KVM_ENABLE_CAP": IOW(_KVMIO, 0xA3, layouts["kvm_enable_cap"]),
+        "KVM_CREATE_DEVICE": IOWR(_KVMIO, 0xE0, layouts["kvm_create_device"]),
+        "KVM_SET_DEVICE_ATTR": IOW(_KVMIO, 0xE1, layouts["kvm_device_attr"]),
         "KVM_GET_DEVICE_ATTR": IOW(_KVMIO, 0xE2, layouts["kvm_device_attr"]),
+        "KVM_HAS_DEVICE_ATTR": IOW(_KVMIO, 0xE3, layouts["kvm_device_attr"]),
         # x86
         "KVM_GET_SUPPORTED_CPUID": IOWR(_KVMIO, 0x05, layouts["kvm_cpuid2"]),
         "KVM_GET_EMULATED_CPUID": IOWR(_KVMIO, 0x09, layouts["kvm_cpuid2"]),
@@ -54,15 +60,19 @@ def kvm() -> dict[str, int]:
         "KVM_GET_SUPPORTED_HV_CPUID": IOWR(_KVMIO, 0xC1, layouts["kvm_cpuid2"]),
         # arm64
         "KVM_GET_ONE_REG": IOW(_KVMIO, 0xAB, layouts["kvm_one_reg"]),
+        "KVM_SET_ONE_REG": IOW(_KVMIO, 0xAC, layouts["kvm_one_reg"]),
         "KVM_ARM_VCPU_INIT": IOW(_KVMIO, 0xAE, layouts["kvm_vcpu_init"]),
         "KVM_ARM_PREFERRED_TARGET": IOR(_KVMIO, 0xAF, layouts["kvm_vcpu_init"]),
         "KVM_GET_REG_LIST": IOWR(_KVMIO, 0xB0, layouts["kvm_reg_list"]),
+        "KVM_ARM_GET_REG_WRITABLE_MASKS": IOR(_KVMIO, 0xB6, layouts["reg_mask_range"]),
+        "KVM_ARM_VCPU_FINALIZE": IOW(_KVMIO, 0xC2, c_int),
     }
 
 
 def _kvm_layouts() -> dict[str, type[ctypes.Structure]]:
     """The kernel's structures as ctypes; arrays at their end have no length, as in the kernel's headers."""
     from ctypes import Structure
+    from ctypes import c_uint8 as u8
     from ctypes import c_uint32 as u32
     from ctypes import c_uint64 as u64
 
@@ -79,6 +89,11 @@ def _kvm_layouts() -> dict[str, type[ctypes.Structure]]:
         "kvm_device_attr": structure(
             "kvm_device_attr", ("flags", u32), ("group", u32), ("attr", u64), ("addr", u64)
         ),
+        "kvm_enable_cap": structure(
+            "kvm_enable_cap", ("cap", u32), ("flags", u32), ("args", u64 * 4), ("pad", u8 * 64)
+        ),
+        "kvm_create_device": structure("kvm_create_device", ("type", u32), ("fd", u32), ("flags", u32)),
+        "reg_mask_range": structure("reg_mask_range", ("addr", u64), ("range", u32), ("reserved", u32 * 13)),
         "kvm_one_reg": structure("kvm_one_reg", ("id", u64), ("addr", u64)),
         "kvm_vcpu_init": structure("kvm_vcpu_init", ("target", u32), ("features", u32 * 7)),
         "kvm_reg_list": structure("kvm_reg_list", ("n", u64), ("reg", u64 * 0)),

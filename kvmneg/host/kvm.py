@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One handle on /dev/kvm: the Python face of libkvmneg (csrc/kvmneg.h), which makes every ioctl.
 
-The only module that imports the extension. A call releases the interpreter's lock while it is in C. Masks and
-registers are ints, tables are lists of named tuples; nothing here interprets them.
+The only module that imports the extension, besides kvm_arm64.py for what is arm64's. A call releases the
+interpreter's lock while it is in C. Masks and registers are ints, tables are lists of named tuples; nothing here
+interprets them.
 """
 
 from __future__ import annotations

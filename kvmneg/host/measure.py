@@ -90,7 +90,7 @@ class Measurer:
         offline = software.offline(self._roots)
         if offline:
             measured["offline"] = offline  # no guest runs there; when they come online, it is measured again
-        parts = self._x86(plan) if ARCHITECTURE == X86_64 else self._arm64(classes)
+        parts = self._x86(plan) if ARCHITECTURE == X86_64 else self._arm64(plan)
         parts["offer"].update(network.masks(self._roots.dev))
         return Report(ARCHITECTURE, measured=measured, combo=combo, **parts)
 
@@ -125,11 +125,26 @@ class Measurer:
             "enforcement": grades,
         }
 
-    def _arm64(self, classes: list[CpuClass]) -> dict[str, Any]:
-        from kvmneg.host import arm64
+    def _arm64(self, plan: Plan) -> dict[str, Any]:
+        """Each kind of core is asked on a core of its own, on VMs of its own: a probe uses its VM up."""
+        from kvmneg.host import arm64, kvm_arm64
 
-        with Kvm.open(self._path) as kvm, kvm.scratch() as scratch:
-            return {"identity": arm64.identity(classes), "offer": arm64.offer(kvm.capabilities(scratch))}
+        decoder = arm64.decoder()
+        with Kvm.open(self._path) as kvm:
+            if len(plan.cpus) < 2:
+                probes = [kvm_arm64.probe(kvm)]
+            else:
+                probes = [visit.on(cpu, lambda: kvm_arm64.probe(kvm)) for cpu in plan.cpus]
+        offer = arm64.met([decoder.offer(probe) for probe in probes])
+        if "kvm-arm.mode=protected" in (software.read(f"{self._roots.proc}/cmdline") or "").split():
+            offer["arm:pkvm"] = 1  # kernels up to 7.1 make no protected VMs and protect the host all the same
+        return {
+            "identity": {**arm64.identity(plan.kinds), **_kinds(plan, [one.identity for one in plan.kinds])},
+            "offer": offer,
+            "settable": arm64.settable_on_all([decoder.settable(probe) for probe in probes]),
+            "dropped": arm64.dropped_on_any([decoder.dropped(probe) for probe in probes]),
+            "registers": arm64.on_all(probe.register_list for probe in probes),
+        }
 
 
 def measure(

@@ -167,6 +167,30 @@ static int fake_architecture(int fd, unsigned long request, void *argument) {
         return fail(ENOTTY);
 }
 #elif defined(__aarch64__)
+/* Registers of a vCPU that was not run: the first ones of the list, the others are state. */
+enum { VLS, PSCI, BITMAP, WORKAROUND, PFR0, MIDR, PMCR, CACHE, WORDS };
+#define SYSTEM(index) (KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG | (index))
+static const uint64_t ids[WORDS] = {
+        [VLS] = KVM_REG_ARM64_SVE_VLS,
+        [PSCI] = KVM_REG_ARM_PSCI_VERSION,
+        [BITMAP] = KVM_REG_ARM_STD_BMAP,
+        [WORKAROUND] = KVM_REG_ARM_SMCCC_ARCH_WORKAROUND_1,
+        [PFR0] = SYSTEM(0xc020),
+        [MIDR] = SYSTEM(0xc000),
+        [PMCR] = SYSTEM(0xdce0),
+        [CACHE] = KVM_REG_ARM64 | KVM_REG_SIZE_U32 | KVM_REG_ARM_DEMUX,
+};
+#define CSV3 (UINT64_C(0xf) << 60) /* the one field of PFR0 that can be written */
+#define MPAM (UINT64_C(0xf) << 40) /* takes 1 and stays 0 */
+static const uint64_t resets[WORDS] = { [VLS] = 0xf,    [PSCI] = 0x10001,   [BITMAP] = 0, [WORKAROUND] = 2,
+                                        [PFR0] = UINT64_C(0x1000000000000011), [MIDR] = 0x410fd0c0,
+                                        [PMCR] = 6 << 11, [CACHE] = 2 };
+static uint64_t values[WORDS];
+
+static void reset_fake(void) {
+        memcpy(values, resets, sizeof(values));
+}
+
 static int fake_registers(struct kvm_reg_list *list) {
         uint64_t room = list->n;
 
@@ -174,7 +198,70 @@ static int fake_registers(struct kvm_reg_list *list) {
         if (room < list->n)
                 return fail(E2BIG);
         for (unsigned i = 0; i < REGISTERS; i++)
-                list->reg[i] = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | i;
+                list->reg[i] = i < WORDS ? ids[i] : KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_CORE | i;
+        return 0;
+}
+
+static int which(uint64_t id) {
+        for (int i = 0; i < WORDS; i++)
+                if (ids[i] == id)
+                        return i;
+        return -1;
+}
+
+static int fake_set(const struct kvm_one_reg *request) {
+        int i = which(request->id);
+        uint64_t value = i == CACHE ? *(uint32_t *) (uintptr_t) request->addr : *(uint64_t *) (uintptr_t) request->addr;
+        uint64_t changed = i < 0 ? 0 : value ^ values[i];
+
+        switch (i) {
+        case -1:
+                return fail(ENOENT);
+        case BITMAP:
+                if (value > 3)
+                        return fail(EINVAL);
+                break;
+        case PSCI:
+                if (value != 2 && (value < 0x10000 || value > 0x10001))
+                        return fail(EINVAL);
+                break;
+        case WORKAROUND:
+                return value <= 2 ? 0 : fail(EINVAL);
+        case PFR0:
+                if (changed & ~CSV3)
+                        return (changed & ~MPAM) == 0 ? 0 : fail(EINVAL);
+        }
+        values[i] = value;
+        return 0;
+}
+
+static int fake_get(const struct kvm_one_reg *request) {
+        int i = which(request->id);
+        void *to = (void *) (uintptr_t) request->addr;
+
+        if (i < 0 || i == CACHE)
+                *(uint32_t *) to = i < 0 ? 0x1234 : (uint32_t) values[i];
+        else
+                *(uint64_t *) to = values[i];
+        return 0;
+}
+
+static int fake_init(const struct kvm_vcpu_init *init) {
+        uint32_t always = 1 << KVM_ARM_VCPU_PSCI_0_2, features = init->features[0];
+
+        if (features >> 7)
+                return fail(ENOENT);
+        /* this KVM has no pointer authentication, and the others need 64 bits */
+        if (features & (1 << KVM_ARM_VCPU_PTRAUTH_ADDRESS | 1 << KVM_ARM_VCPU_PTRAUTH_GENERIC))
+                return fail(EINVAL);
+        return features & always ? 0 : fail(EINVAL);
+}
+
+static int fake_create_device(struct kvm_create_device *device) {
+        if (device->type == KVM_DEV_TYPE_ARM_VGIC_V2)
+                return fail(ENODEV);
+        if (!(device->flags & KVM_CREATE_DEVICE_TEST))
+                device->fd = (uint32_t) new_descriptor();
         return 0;
 }
 
@@ -185,12 +272,24 @@ static int fake_architecture(int fd, unsigned long request, void *argument) {
                 *(struct kvm_vcpu_init *) argument = (struct kvm_vcpu_init) { .target = KVM_ARM_TARGET_GENERIC_V8 };
                 return 0;
         case KVM_ARM_VCPU_INIT:
-                /* PSCI 0.2 and nothing else must be asked for */
-                return ((struct kvm_vcpu_init *) argument)->features[0] == 1 << KVM_ARM_VCPU_PSCI_0_2 ? 0 : fail(EINVAL);
+                return fake_init(argument);
         case KVM_GET_REG_LIST:
                 return fake_registers(argument);
         case KVM_GET_ONE_REG:
-                *(uint32_t *) (uintptr_t) ((struct kvm_one_reg *) argument)->addr = 0x1234;
+                return fake_get(argument);
+        case KVM_SET_ONE_REG:
+                return fake_set(argument);
+        case KVM_CREATE_DEVICE:
+                return fake_create_device(argument);
+        case KVM_GET_DEVICE_ATTR:
+                *(uint32_t *) (uintptr_t) ((struct kvm_device_attr *) argument)->addr = 0x4b00243b;
+                return 0;
+        case KVM_ARM_GET_REG_WRITABLE_MASKS:
+                return fail(EINVAL); /* Linux 6.6 and before */
+        case KVM_ENABLE_CAP:
+        case KVM_ARM_VCPU_FINALIZE:
+        case KVM_SET_DEVICE_ATTR:
+        case KVM_HAS_DEVICE_ATTR:
                 return 0;
         }
         return fail(ENOTTY);
@@ -267,14 +366,39 @@ static int run_capabilities(bool *ret_touched, struct kvmneg_trace *trace) {
         return r;
 }
 
+#if defined(__x86_64__)
+static bool as_made(const struct kvmneg_probe *probe) {
+        return probe->supported != NULL;
+}
+#elif defined(__aarch64__)
+static bool found(const struct kvmneg_probe *probe, int i, uint64_t value, uint64_t settable, uint64_t dropped) {
+        const struct kvmneg_trial *trial = &probe->trials->entries[i];
+
+        return trial->id == ids[i] && trial->reset == resets[i] && trial->value == value &&
+               trial->settable == settable && trial->dropped == dropped;
+}
+
+/* What the fake KVM lets be changed is found, and all is put back. */
+static bool as_made(const struct kvmneg_probe *probe) {
+        return probe->trials->count == WORDS && probe->psci_count == 3 && probe->vgic_revisions == 1 << 2 &&
+               probe->vcpu_features == 0x1f && probe->vgic_models == (KVMNEG_VGIC_V3 | KVMNEG_VGIC_ITS) &&
+               found(probe, VLS, 0xf, 0xe, 0) && found(probe, PSCI, 0x10001, 0x10003, 0) &&
+               found(probe, BITMAP, 3, 3, 0) && found(probe, WORKAROUND, 2, 0, 0xf) &&
+               found(probe, PFR0, resets[PFR0], CSV3, MPAM) && found(probe, MIDR, resets[MIDR], UINT64_MAX, 0) &&
+               found(probe, PMCR, resets[PMCR], 0xf800, 0) && found(probe, CACHE, 2, 0x0fffffff, 0) &&
+               memcmp(values, resets, sizeof(values)) == 0;
+}
+#endif
+
 static int run_probe(bool *ret_touched, struct kvmneg_trace *trace) {
         struct kvmneg_probe *probe = UNTOUCHED;
         int r = kvmneg_probe(3, 4, 99, &probe, trace);
 
         *ret_touched = probe != UNTOUCHED;
-        if (r == 0)
-                probe = kvmneg_probe_free(probe);
-        return r == 0 && probe ? -EILSEQ : r;
+        if (r < 0)
+                return r;
+        r = as_made(probe) ? 0 : -EILSEQ;
+        return kvmneg_probe_free(probe) ? -EILSEQ : r;
 }
 
 #if defined(__x86_64__)
@@ -440,6 +564,9 @@ static int run(size_t scenario) {
         const char *failed;
 
         ioctls = callocs = outstanding = 0;
+#if defined(__aarch64__)
+        reset_fake();
+#endif
         r = scenarios[scenario].run(&touched, &trace);
         failed = trace.failed ? kvmneg_ioctl_name(trace.failed) : NULL;
         printf("%s %s %d %d %d %d %d %d %s\n", scenarios[scenario].name, kinds[kind], nth, r, touched,

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-SOURCES = {"x86_64": ("system.c", "x86.c", "x86-cpuid.c"), "aarch64": ("system.c", "arm64.c")}
+SOURCES = {
+    "x86_64": ("system.c", "x86.c", "x86-cpuid.c"),
+    "aarch64": ("system.c", *(path.name for path in sorted((CSRC).glob("arm64*.c")))),
+}
 OTHER = {"x86_64": "-D__aarch64__", "aarch64": "-D__x86_64__"}
 
 

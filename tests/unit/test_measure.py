@@ -14,9 +14,9 @@ import pytest
 
 from kvmneg.errors import KvmFault, NoKvm
 from kvmneg.features.report import Report
-from kvmneg.host import arm64, ioctls, measure, network
+from kvmneg.host import ioctls, measure, network
 from kvmneg.host.kvm import CpuidEntry, MsrShown, Probe
-from kvmneg.host.software import CpuClass, Roots
+from kvmneg.host.software import Roots
 from kvmneg.policy.definitions import level
 
 
@@ -272,25 +272,6 @@ def test_no_kvm(path: str) -> None:
         measure.Measurer.open(path)
     with pytest.raises(NoKvm):
         measure.measure(path)
-
-
-def test_arm64_report_without_a_catalogue(machine: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "ARCHITECTURE", "arm64")
-    monkeypatch.setattr(
-        FakeKvm,
-        "capabilities",
-        lambda self, scratch: {"arm-vm-ipa-size": (48, 40), "arm-sve": (1, 0)},
-        raising=False,
-    )
-    report = measure.measure(roots=machine)
-    assert report.architecture == "arm64"
-    assert report.offer_words == {"kvm:arm-vm-ipa-size": 40}
-    assert report.to_json()["offer"] == {"kvm:arm-vm-ipa-size": "0x00000028"}
-
-
-def test_arm64_identity() -> None:
-    assert arm64.identity([]) == {}
-    assert arm64.identity([CpuClass({"part": "0xd0c"}, (0,))]) == {"part": "0xd0c"}
 
 
 class TestRecordedReport:
