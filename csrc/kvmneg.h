@@ -268,6 +268,70 @@ struct kvmneg_probe {
  */
 int kvmneg_probe(int kvm_fd, int vm_fd, int vcpu_fd, struct kvmneg_probe **ret_probe, struct kvmneg_trace *trace);
 struct kvmneg_probe *kvmneg_probe_free(struct kvmneg_probe *probe);
+
+/* -- giving a VM what a contract says ------------------------------------------------------------------- */
+
+/* One register of a contract, laid out as there: the bits of `mask` are bound, the others are left as they are. */
+struct kvmneg_register {
+        uint64_t id;
+        uint64_t value;
+        uint64_t mask;
+};
+
+enum {
+        KVMNEG_STAGE_VM = 1,   /* capabilities, before the first vCPU */
+        KVMNEG_STAGE_INIT,     /* KVM_ARM_VCPU_INIT, lengths of SVE vectors, KVM_ARM_VCPU_FINALIZE */
+        KVMNEG_STAGE_PMU,      /* event counters */
+        KVMNEG_STAGE_ID,       /* ID registers, PMCR_EL0 */
+        KVMNEG_STAGE_CACHE,    /* CCSIDR */
+        KVMNEG_STAGE_FIRMWARE, /* workarounds, PSCI_VERSION, hypercall bitmaps */
+        KVMNEG_STAGE_VGIC,     /* GICD_IIDR */
+        KVMNEG_STAGE_VERIFY,   /* everything read back */
+};
+
+enum {
+        KVMNEG_REFUSED = 1, /* KVM does not take the value */
+        KVMNEG_MISSING,     /* KVM has no such register */
+        KVMNEG_TOO_LATE,    /* a vCPU of this VM ran, or SVE is final: -EBUSY, -EPERM */
+        KVMNEG_DROPPED,     /* KVM took the value and shows another: -EBADE */
+        KVMNEG_DIFFERS,     /* read back at the end, the value is another: -EBADE */
+        KVMNEG_FAILED,      /* the ioctl failed in a way that says nothing of the register */
+};
+
+/* What went wrong with one register. Written only where a function fails because of a register. */
+struct kvmneg_failure {
+        uint64_t id;    /* 0: the features of KVM_ARM_VCPU_INIT, or GICD_IIDR in its stage */
+        uint64_t asked;
+        uint64_t mask;
+        uint64_t got;   /* what the register has; 0 where it could not be read */
+        int32_t error;  /* what the function returned, a negative errno */
+        uint32_t stage; /* KVMNEG_STAGE_* */
+        uint32_t why;   /* KVMNEG_REFUSED, ... */
+        uint32_t padding;
+};
+
+/*
+ * In this order, on the VMM's own descriptors (KVM answers -EIO to another process), with the same registers each
+ * time; `failure` may be NULL. Only bits that differ are written, each write is read back, nothing is allocated,
+ * and a register that is as it should be may be given again at any time: so a vCPU that is plugged in later gets the
+ * same calls. They stop at the first register that fails.
+ *   vm_apply     after KVM_CREATE_VM: lets MIDR, REVIDR and AIDR be written if they are among the registers (api.rst
+ *                8.43, KVM_CAP_ARM_WRITABLE_IMP_ID_REGS); a KVM without may have what is wanted
+ *   vcpu_init    after KVM_CREATE_VCPU, each vCPU: KVM_ARM_VCPU_INIT (api.rst 4.82) with the preferred target and
+ *                `features`, SVE_VLS, KVM_ARM_VCPU_FINALIZE (api.rst 4.119)
+ *   vcpu_apply   after the vGIC is created and KVM_ARM_VCPU_PMU_V3_SET_PMU, each vCPU: everything else, then verify
+ *   vgic_apply   after KVM_DEV_ARM_VGIC_CTRL_INIT, before other vGIC registers: GICD_IIDR.Revision
+ *   vcpu_verify  reads only: after vcpu_apply, and again after the first run, at which KVM changes ID registers
+ */
+int kvmneg_arm_vm_apply(int vm_fd, const struct kvmneg_register *registers, uint32_t count,
+                        struct kvmneg_failure *failure, struct kvmneg_trace *trace);
+int kvmneg_arm_vcpu_init(int vm_fd, int vcpu_fd, uint32_t features, const struct kvmneg_register *registers,
+                         uint32_t count, struct kvmneg_failure *failure, struct kvmneg_trace *trace);
+int kvmneg_arm_vcpu_apply(int vcpu_fd, const struct kvmneg_register *registers, uint32_t count,
+                          struct kvmneg_failure *failure, struct kvmneg_trace *trace);
+int kvmneg_arm_vgic_apply(int vgic_fd, uint32_t revision, struct kvmneg_failure *failure, struct kvmneg_trace *trace);
+int kvmneg_arm_vcpu_verify(int vcpu_fd, const struct kvmneg_register *registers, uint32_t count,
+                           struct kvmneg_failure *failure, struct kvmneg_trace *trace);
 #endif
 
 #ifndef KVMNEG_CDEF

@@ -175,6 +175,13 @@ class VmmFault(KvmnegError):
     varlink = "org.kvmneg.VmmFault"
 
 
+class NotApplied(KvmnegError):
+    """KVM did not take what a contract says. It never goes over the wire: only the VMM itself can apply."""
+
+    exit_code = 7
+    varlink = "org.kvmneg.NotApplied"
+
+
 def family() -> tuple[type[KvmnegError], ...]:
     """Every error that has a place of its own, for the table in kvmneg(1) and for the tests."""
     found: list[type[KvmnegError]] = []

@@ -72,11 +72,12 @@ def test_a_blocker_has_the_fields_of_the_interface():
 
 
 def test_every_error_is_declared():
-    """Each class that a daemon can send, under its name; Unreachable and VmmFault are the command line's own."""
+    """Each class that a daemon can send, under its name; Unreachable, VmmFault and NotApplied never are."""
     declared = {f"{interface}.{name}" for interface in OURS for name in of_kind(interface, scanner._Error)}
     sent = {error.varlink for error in errors.family()} - {
         errors.Unreachable.varlink,
         errors.VmmFault.varlink,
+        errors.NotApplied.varlink,
     }
     assert errors.SlowWatcher.varlink in sent
     assert declared == sent

@@ -49,6 +49,19 @@ class Facts(NamedTuple):
         """The VM's answer."""
         return self.probe.capabilities.get(name)[1]
 
+    @property
+    def lowerable(self) -> list[tuple[int, int]]:
+        """(register, shift) of the fields of AA64 that can be lowered: CSV2 and CSV3 before Linux 6.7, if any.
+
+        Without GIC, which KVM says again at the first run, and EL0 and EL1, which must be there.
+        """
+        fields = (
+            (register, shift)
+            for register in AA64
+            for shift, _ in nibbles(self.trials[register].reset & self.trials[register].settable)
+        )
+        return [field for field in fields if field not in ((PFR0, 24), (PFR0, 0), (PFR0, 4))]
+
 
 _cache: list[Facts] = []
 

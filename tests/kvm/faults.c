@@ -239,6 +239,8 @@ static int fake_get(const struct kvm_one_reg *request) {
         int i = which(request->id);
         void *to = (void *) (uintptr_t) request->addr;
 
+        if (i < 0 && (request->id & KVM_REG_ARM_COPROC_MASK) == KVM_REG_ARM_FW_FEAT_BMAP)
+                return fail(ENOENT);
         if (i < 0 || i == CACHE)
                 *(uint32_t *) to = i < 0 ? 0x1234 : (uint32_t) values[i];
         else
@@ -529,6 +531,58 @@ static int run_one(bool *ret_touched, struct kvmneg_trace *trace) {
         *ret_touched = value != 77;
         return r == 0 && value != 0x1234 ? -EILSEQ : r;
 }
+
+/* Out of order on purpose; PFR0 may only lose CSV3, the workaround keeps what it has. */
+static const struct kvmneg_register contract[] = {
+        { KVM_REG_ARM_STD_BMAP, 1, UINT64_MAX },
+        { KVM_REG_ARM_PSCI_VERSION, 2, UINT64_MAX },
+        { SYSTEM(0xdce0), 2 << 11, 0x1f << 11 },
+        { SYSTEM(0xc020), 0, CSV3 },
+        { SYSTEM(0xc000), 0x410fd0c1, UINT64_MAX },
+        { KVM_REG_ARM64_SVE_VLS, 1, UINT64_MAX },
+        { KVM_REG_ARM_SMCCC_ARCH_WORKAROUND_1, 2, UINT64_MAX },
+        { KVMNEG_REG_ARM_VENDOR_HYP_BMAP_2, 0, UINT64_MAX }, /* which this KVM does not have */
+};
+#define CONTRACT (uint32_t) (sizeof(contract) / sizeof(contract[0]))
+
+/* The failure is filled in with the errno that is returned, and only then. */
+static int run_apply(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct kvmneg_failure failure = {};
+        int r = kvmneg_arm_vm_apply(4, contract, CONTRACT, &failure, trace);
+
+        *ret_touched = true;
+        if (r >= 0)
+                r = kvmneg_arm_vcpu_init(4, 99, 1 << KVM_ARM_VCPU_PSCI_0_2 | 1 << KVM_ARM_VCPU_SVE, contract, CONTRACT,
+                                         &failure, trace);
+        if (r >= 0)
+                r = kvmneg_arm_vcpu_apply(99, contract, CONTRACT, &failure, trace);
+        if (r >= 0)
+                r = kvmneg_arm_vgic_apply(5, 2, &failure, trace);
+        if (r >= 0)
+                r = kvmneg_arm_vcpu_verify(99, contract, CONTRACT, &failure, trace);
+        *ret_touched = r == 0;
+        if (r < 0)
+                return failure.error == r && failure.stage && failure.why ? r : -EILSEQ;
+        return failure.stage == 0 && values[PFR0] == 0x11 && values[BITMAP] == 1 && values[PSCI] == 2 &&
+               values[PMCR] == 2 << 11 && values[VLS] == 1 ? 0 : -EILSEQ;
+}
+
+/* What KVM takes and does not keep, and what it does not take, by name. */
+static int run_dropped(bool *ret_touched, struct kvmneg_trace *trace) {
+        static const struct kvmneg_register dropped = { KVM_REG_ARM_SMCCC_ARCH_WORKAROUND_1, 1, UINT64_MAX };
+        static const struct kvmneg_register too_much = { KVM_REG_ARM_STD_BMAP, 4, 4 };
+        struct kvmneg_failure failure = {};
+        int r = kvmneg_arm_vcpu_apply(99, &dropped, 1, &failure, trace);
+
+        *ret_touched = true;
+        if (r == -EBADE && failure.why == KVMNEG_DROPPED && failure.got == 2 && failure.id == dropped.id) {
+                r = kvmneg_arm_vcpu_apply(99, &too_much, 1, &failure, trace);
+                if (r == -EINVAL && failure.why == KVMNEG_REFUSED && failure.stage == KVMNEG_STAGE_FIRMWARE)
+                        return kvmneg_arm_vcpu_apply(99, &too_much, UINT32_MAX, NULL, trace) == -E2BIG ? 0 : -EILSEQ;
+        }
+        *ret_touched = false;
+        return r;
+}
 #define LIST_REQUEST KVM_GET_REG_LIST
 #endif
 
@@ -542,6 +596,8 @@ static const struct {
 #if defined(__x86_64__)
         { "supported", run_supported }, { "hyperv", run_hyperv },
         { "try_cpuid", run_try_cpuid }, { "try_msrs", run_try_msrs },
+#elif defined(__aarch64__)
+        { "apply", run_apply },         { "dropped", run_dropped },
 #endif
 };
 #define SCENARIOS (sizeof(scenarios) / sizeof(scenarios[0]))

@@ -73,6 +73,8 @@ def test_nth_ioctl_fails(faults: list[str], error: int) -> None:
         "probe",
         "list",
         "one",
+        "apply",
+        "dropped",
     }
     for _scenario, kind, _nth, result, touched, descriptors, allocations, _ioctls, failed in rows:
         expected = {"none": 0, "error": -error, "allocation": -errno.ENOMEM}[kind]

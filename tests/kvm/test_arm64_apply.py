@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Applying registers to a VM of our own, in the order of a VMM, and what a guest then sees."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvmneg.errors import NotApplied
+from kvmneg.host.apply_arm64 import Register, apply_vcpu, apply_vgic, apply_vm, init_vcpu, verify_vcpu
+
+from .arm64_facts import AA64, MMFR2, ON_ARM64, Facts, facts, nibbles
+from .arm64_guest import (
+    CALLS,
+    MIDR,
+    PMCR,
+    PMU_V3,
+    PSCI_0_2,
+    PSCI_VERSION,
+    PTRAUTH,
+    STD,
+    SVE,
+    SVE_VLS,
+    VENDOR_HYP,
+    VENDOR_HYP_2,
+    WORKAROUND_1,
+    Vm,
+    reads,
+    set_attribute,
+)
+
+if TYPE_CHECKING:
+    from kvmneg.host.kvm import Kvm
+
+pytestmark = ON_ARM64
+EVERY = (1 << 64) - 1
+FULL = PSCI_0_2 | PMU_V3 | SVE | PTRAUTH
+
+
+@pytest.fixture
+def found(kvm: Kvm) -> Facts:
+    """What this KVM is."""
+    return facts(kvm)
+
+
+def fault(function: Any, *arguments: Any) -> dict[str, Any]:
+    """The fields of the NotApplied that it raises."""
+    with pytest.raises(NotApplied) as caught:
+        function(*arguments)
+    return caught.value.fields
+
+
+def lowered(found: Facts) -> list[Register]:
+    """A contract below what this KVM offers: every hypercall hidden, PSCI 1.0, ID fields at a value that it takes."""
+    wanted = [
+        Register(PSCI_VERSION, 0x10000, EVERY),
+        Register(WORKAROUND_1, found.trials[WORKAROUND_1].value, EVERY),
+    ]
+    wanted += [Register(bitmap, 0, EVERY) for bitmap in found.bitmaps]
+    for register in AA64:
+        shifts = [shift for one, shift in found.lowerable if one == register]
+        value = sum(((found.trials[register].reset >> shift & 0xF) - 1) << shift for shift in shifts)
+        if shifts:
+            wanted.append(Register(register, value, sum(0xF << shift for shift in shifts)))
+    wanted.append(Register(PMCR, 1 << 11, 0x1F << 11))
+    if found.sve:
+        wanted.append(Register(SVE_VLS, 1, EVERY))
+    return wanted
+
+
+def machine(vm: Vm, features: int, registers: list[Register]) -> Any:
+    """A VMM's steps up to the first run."""
+    apply_vm(vm.fd, registers)
+    vcpu = vm.vcpu(None)
+    init_vcpu(vm.fd, vcpu.fd, features, registers)
+    vcpu.features = features
+    vgic = vm.vgic()
+    apply_vcpu(vcpu.fd, registers)
+    assert set_attribute(vgic, 4, 0) == 0
+    return vcpu
+
+
+def takes(kvm: Kvm, found: Facts) -> list[Register]:
+    """`lowered`, without the steps that a scratch VM refuses."""
+    registers = lowered(found)
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(found.probe.vcpu_features & FULL)
+        vm.vgic()
+        kept = []
+        for register in registers:
+            value, mask = register.value, register.mask
+            if register.id in AA64:
+                for shift, _ in nibbles(mask):
+                    now = vcpu.get(register.id)
+                    if vcpu.set(register.id, now & ~(0xF << shift) | value & 0xF << shift) != 0:
+                        value, mask = value & ~(0xF << shift), mask & ~(0xF << shift)
+            if mask:
+                kept.append(Register(register.id, value, mask))
+    return kept
+
+
+def test_a_contract_reaches_the_guest(kvm: Kvm, found: Facts) -> None:
+    """Applied, verified before and after the first run, and seen; what the masks leave out stays KVM's."""
+    registers = takes(kvm, found)
+    ids = [register for register in registers if register.id in AA64]
+    assert ids or not found.lowerable
+    features = found.probe.vcpu_features & FULL
+    with Vm(kvm.fd) as vm:
+        vcpu = machine(vm, features, registers)
+        verify_vcpu(vcpu.fd, registers)
+        vm.load(reads(*(register.id for register in ids), PMCR))
+        *seen, pmcr = vcpu.run()
+        for register, value in zip(ids, seen, strict=True):
+            assert value & register.mask == register.value, hex(register.id)
+            assert value & ~register.mask == found.trials[register.id].reset & ~register.mask, hex(
+                register.id
+            )
+        assert pmcr >> 11 & 0x1F == 1
+        verify_vcpu(vcpu.fd, registers)
+        apply_vcpu(vcpu.fd, registers)  # nothing differs, so nothing is written: not too late
+    with Vm(kvm.fd) as vm:
+        vcpu = machine(vm, features, registers)
+        vm.load(CALLS)
+        assert vcpu.call(0x84000000)[0] == 0x10000
+        if found.bitmaps:
+            assert vcpu.call(0x8600FF01)[0] == EVERY
+
+
+def test_too_late(kvm: Kvm, found: Facts) -> None:
+    """After the first run a change is an error of its own, and what is as it should be is none."""
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(PSCI_0_2)
+        vm.load(CALLS)
+        vcpu.call(0x84000000)
+        apply_vcpu(vcpu.fd, [Register(bitmap, vcpu.get(bitmap), EVERY) for bitmap in found.bitmaps])
+        if found.bitmaps:
+            now = vcpu.get(STD)
+            assert fault(apply_vcpu, vcpu.fd, [Register(STD, 0, EVERY)]) == {
+                "register": STD, "asked": 0, "mask": EVERY, "got": now, "stage": "firmware", "why": "too late",
+                "errno": errno.EBUSY,
+            }  # fmt: skip
+
+
+def test_refused_and_missing(kvm: Kvm, found: Facts) -> None:
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(PSCI_0_2)
+        refused = fault(apply_vcpu, vcpu.fd, [Register(PSCI_VERSION, 0x20000, EVERY)])
+        assert (refused["why"], refused["errno"], refused["got"]) == (
+            "refused",
+            errno.EINVAL,
+            found.probe.psci_versions[-1],
+        )
+        missing = fault(apply_vcpu, vcpu.fd, [Register(STD | 0xFF, 0, EVERY)])
+        assert (missing["why"], missing["errno"]) == ("missing", errno.ENOENT)
+
+
+def test_the_fourth_bitmap_may_be_missing_where_it_is_empty(kvm: Kvm, found: Facts) -> None:
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(PSCI_0_2)
+        apply_vcpu(vcpu.fd, [Register(VENDOR_HYP_2, 0, EVERY)])
+        if VENDOR_HYP_2 not in found.bitmaps:
+            assert fault(apply_vcpu, vcpu.fd, [Register(VENDOR_HYP_2, 1, EVERY)])["why"] == "missing"
+        else:
+            apply_vcpu(vcpu.fd, [Register(VENDOR_HYP_2, 1, 1)])
+            assert vcpu.get(VENDOR_HYP_2) == 1
+            apply_vcpu(vcpu.fd, [Register(VENDOR_HYP_2, 2, 2)])
+            assert vcpu.get(VENDOR_HYP_2) == 3, "bits outside the mask stay"
+
+
+def test_dropped(kvm: Kvm, found: Facts) -> None:
+    """A workaround below the host's is taken and not kept: its own result, not a success."""
+    has = found.trials[WORKAROUND_1].value
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(PSCI_0_2)
+        apply_vcpu(vcpu.fd, [Register(WORKAROUND_1, has, EVERY)])
+        told = fault(apply_vcpu, vcpu.fd, [Register(WORKAROUND_1, has - 1 if has else 1, EVERY)])
+        expected = ("dropped", has, errno.EBADE) if has else ("refused", 0, errno.EINVAL)
+        assert (told["why"], told["got"], told["errno"]) == expected
+
+
+def test_differs(kvm: Kvm, found: Facts) -> None:
+    """verify writes nothing."""
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(PSCI_0_2)
+        differs = fault(verify_vcpu, vcpu.fd, [Register(PSCI_VERSION, 0x2, EVERY)])
+        assert (differs["why"], differs["stage"]) == ("differs", "verify")
+        assert vcpu.get(PSCI_VERSION) == found.probe.psci_versions[-1]
+
+
+def test_order_is_the_librarys(kvm: Kvm, found: Facts) -> None:
+    """Whatever the order given: the first failure is of the stage that comes first."""
+    both = [Register(PSCI_VERSION, 0x20000, EVERY), Register(MMFR2, 0xF << 24, 0xF << 24)]
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(PSCI_0_2)
+        assert fault(apply_vcpu, vcpu.fd, both)["stage"] == "id"
+
+
+def test_sve_lengths(kvm: Kvm, found: Facts) -> None:
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(None)
+        if not found.sve:
+            assert fault(init_vcpu, vm.fd, vcpu.fd, PSCI_0_2 | SVE, [])["stage"] == "init"
+            return
+        init_vcpu(vm.fd, vcpu.fd, PSCI_0_2 | SVE, [Register(SVE_VLS, 1, EVERY)])
+        assert vcpu.get(SVE_VLS) == 1
+        apply_vcpu(vcpu.fd, [Register(SVE_VLS, 1, EVERY)])
+        assert fault(apply_vcpu, vcpu.fd, [Register(SVE_VLS, 3, EVERY)])["why"] == "differs"
+        late = fault(init_vcpu, vm.fd, vcpu.fd, PSCI_0_2 | SVE, [Register(SVE_VLS, 3, EVERY)])
+        assert (late["why"], late["errno"]) == ("too late", errno.EPERM)
+
+
+def test_implementation_ids(kvm: Kvm, found: Facts) -> None:
+    """Another MIDR where KVM can; its own everywhere."""
+    own = found.trials[MIDR].value
+    with Vm(kvm.fd) as vm:
+        machine(vm, PSCI_0_2, [Register(MIDR, own, EVERY)])
+    with Vm(kvm.fd) as vm:
+        other = [Register(MIDR, own ^ 0xF0, EVERY)]
+        if found.trials[MIDR].settable:
+            vcpu = machine(vm, PSCI_0_2, other)
+            vm.load(reads(MIDR))
+            assert vcpu.run() == [own ^ 0xF0]
+        else:
+            assert fault(machine, vm, PSCI_0_2, other)["why"] == "refused"
+
+
+def test_vgic_revision(kvm: Kvm, found: Facts) -> None:
+    """Each revision that the probe found is taken; one that KVM takes and drops is told."""
+    with Vm(kvm.fd) as vm:
+        vm.vcpu(PSCI_0_2)
+        vgic = vm.vgic()
+        assert set_attribute(vgic, 4, 0) == 0
+        for revision in range(16):
+            if found.probe.vgic_revisions >> revision & 1:
+                apply_vgic(vgic, revision)
+            else:
+                told = fault(apply_vgic, vgic, revision)
+                dropped = found.probe.vgic_revisions_dropped >> revision & 1
+                assert told["why"] == ("dropped" if dropped else "refused"), revision
+
+
+def test_a_vcpu_that_is_plugged_in_later(kvm: Kvm, found: Facts) -> None:
+    """The same registers again, after the first run of another vCPU."""
+    registers = [
+        Register(PSCI_VERSION, 0x10000, EVERY),
+        *(Register(bitmap, 0, EVERY) for bitmap in found.bitmaps),
+    ]
+    with Vm(kvm.fd) as vm:
+        first = vm.vcpu(None)
+        init_vcpu(vm.fd, first.fd, PSCI_0_2, registers)
+        apply_vcpu(first.fd, registers)
+        vm.load(CALLS)
+        first.call(0x84000000)
+        late = vm.vcpu(None)
+        init_vcpu(vm.fd, late.fd, PSCI_0_2, registers)
+        apply_vcpu(late.fd, registers)
+
+
+def test_another_process(kvm: Kvm) -> None:
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(PSCI_0_2)
+        child = os.fork()
+        if child == 0:
+            try:
+                apply_vcpu(vcpu.fd, [Register(VENDOR_HYP, 0, EVERY)])
+            except NotApplied as error:
+                os._exit(error.fields["errno"] if error.fields["why"] == "failed" else 254)
+            os._exit(255)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == errno.EIO
