@@ -86,6 +86,11 @@ class Suite:
         rows = (line.split("|") for line in table.splitlines())
         return [row[1].strip() for row in rows if len(row) == 3 and f"{self.architecture} Packages" in row[2]]
 
+    def names(self, prefix: str) -> list[str]:
+        """The packages whose names begin so: for those with a version in their name. Raises PackageError."""
+        command = ["apt-cache", "pkgnames", prefix]
+        return sorted(self._run(command, step="asking for names", seconds=60).split())
+
     def download(self, package: str, version: str, target: Path, *, alone: bool = False) -> list[Path]:
         """Fetch a package, and all it depends on unless `alone`, into `target`; the files.
 

@@ -91,11 +91,7 @@ class Store:
             found = self.cached(wanted)  # another process may have made it while this one waited
             if found is not None:
                 return found
-            name = f"{wanted.suite}.{wanted.architecture}"
-            suite = Suite(wanted.suite, self.directory / name, self._archive, wanted.architecture)
-            if name not in self._updated:
-                suite.update()
-                self._updated.add(name)
+            suite = self._suite(wanted.suite, wanted.architecture)
             available = suite.candidates(wanted.package)
             version = nearest(available, wanted.version)
             if version is None:
@@ -104,6 +100,20 @@ class Store:
                 raise Missing(f"{wanted.describe()}: the suite has {', '.join(available)}")
             target = self.directory / "trees" / _folder(wanted, version)
             return _read(target / "tree.json") or self._make(wanted, version, suite, target)
+
+    def names(self, suite: str, architecture: str, prefix: str) -> list[str]:
+        """The packages of a suite whose names begin so; the mirror is asked. Raises Unreachable, PackageError."""
+        with self._lock():
+            return self._suite(suite, architecture).names(prefix)
+
+    def _suite(self, name: str, architecture: str) -> Suite:
+        """A suite with its index read; under the lock."""
+        folder = f"{name}.{architecture}"
+        suite = Suite(name, self.directory / folder, self._archive, architecture)
+        if folder not in self._updated:
+            suite.update()
+            self._updated.add(folder)
+        return suite
 
     def _make(self, wanted: Wanted, version: str, suite: Suite, target: Path) -> Tree:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Emulated hosts by hand.
+
+    python -m tests.hosts list
+    python -m tests.hosts build [HOST …]                fetch and build what a host needs
+    python -m tests.hosts run HOST [--cpu MODEL] -- COMMAND …
+    python -m tests.hosts shell HOST
+
+COMMAND runs in /job, where kvmneg/ and tests/ of this project are and PYTHONPATH points; `python3 -m pytest …`
+and `python3 -m kvmneg.cli …` work. What it leaves in /job/out is put into --out. Exits as COMMAND does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from . import catalogue, machine, project, start
+from .errors import HostError
+from .job import Job
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tests.hosts", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list")
+    build = verbs.add_parser("build")
+    build.add_argument("host", nargs="*")
+    for name in ("run", "shell"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("host")
+        verb.add_argument("--cpu", default="")
+        if name == "run":
+            verb.add_argument("--seconds", type=float, default=120.0, help="the command's time limit")
+            verb.add_argument("--out", type=Path, help="where files of /job/out are put")
+            verb.add_argument(
+                "--file", action="append", default=[], help="PATH or PATH=NAME: a file to have in /job"
+            )
+            verb.add_argument("--timing", action="store_true", help="say how long each step took")
+            verb.add_argument("command", nargs="+")
+    return parser.parse_args()
+
+
+def _list() -> int:
+    for host in catalogue.hosts():
+        sys.stdout.write(
+            f"{host.name:<14} {host.architecture}, Linux {host.kernel} of {host.suite}, {host.emulator}, {host.cpu}\n"
+        )
+    return 0
+
+
+def _build(names: list[str]) -> int:
+    for name in names or [host.name for host in catalogue.hosts()]:
+        built = start.Built(catalogue.find(name))
+        sys.stdout.write(f"{name}: Linux {built.kernel.release}\n")
+    return 0
+
+
+def _show(kind: str, data: bytes) -> None:
+    stream = sys.stdout if kind == "out" else sys.stderr
+    stream.buffer.write(data)
+    stream.flush()
+
+
+def _run(given: argparse.Namespace) -> int:
+    times = [time.monotonic()]
+    host = catalogue.find(given.host, given.cpu)
+    files = project.files(host.architecture)
+    for word in given.file:
+        path, _, name = word.partition("=")
+        files[name or Path(path).name] = Path(path).read_bytes()
+    job = Job(given.command, files, project.ENVIRONMENT, given.seconds)
+    built = start.Built(host)
+    times.append(time.monotonic())
+    with start.booted(built) as host_machine:
+        times.append(time.monotonic())
+        result = host_machine.run(job, _show)
+    times.append(time.monotonic())
+    if given.timing:
+        steps = zip(("build", "boot", "job"), times, times[1:], strict=False)
+        sys.stderr.write(", ".join(f"{name} {to - since:.2f} s" for name, since, to in steps) + "\n")
+    for name, content in result.files.items() if given.out else ():
+        target = given.out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    return result.status
+
+
+def _shell(given: argparse.Namespace) -> int:
+    built = start.Built(catalogue.find(given.host, given.cpu))
+    with built.files() as (image, initrd):
+        return machine.interactive(built.host, image, initrd)
+
+
+def main() -> int:
+    given = _arguments()
+    try:
+        if given.verb == "list":
+            return _list()
+        if given.verb == "build":
+            return _build(given.host)
+        return _run(given) if given.verb == "run" else _shell(given)
+    except HostError as error:
+        sys.stderr.write(f"{error}\n")
+        return 125
+
+
+if __name__ == "__main__":
+    sys.exit(main())
