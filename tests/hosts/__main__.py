@@ -36,6 +36,7 @@ def _arguments() -> argparse.Namespace:
         verb.add_argument("--cpu", default="")
         if name == "run":
             verb.add_argument("--seconds", type=float, default=120.0, help="the command's time limit")
+            verb.add_argument("--boot", action="store_true", help="boot it, do not restore its snapshot")
             verb.add_argument("--out", type=Path, help="where files of /job/out are put")
             verb.add_argument(
                 "--file", action="append", default=[], help="PATH or PATH=NAME: a file to have in /job"
@@ -76,7 +77,7 @@ def _run(given: argparse.Namespace) -> int:
     job = Job(given.command, files, project.ENVIRONMENT, given.seconds)
     built = start.Built(host)
     times.append(time.monotonic())
-    with start.booted(built) as host_machine:
+    with (start.booted if given.boot else start.restored)(built) as host_machine:
         times.append(time.monotonic())
         result = host_machine.run(job, _show)
     times.append(time.monotonic())
@@ -92,8 +93,8 @@ def _run(given: argparse.Namespace) -> int:
 
 def _shell(given: argparse.Namespace) -> int:
     built = start.Built(catalogue.find(given.host, given.cpu))
-    with built.files() as (image, initrd):
-        return machine.interactive(built.host, image, initrd)
+    with built.files() as files:
+        return machine.interactive(built.host, files)
 
 
 def main() -> int:

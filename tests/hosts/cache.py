@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..packages.store import cache_directory
 
-KEPT = 2  # older files of a kind are removed when a new one is made: each may have hundreds of megabytes
+KEPT = 2  # of a kind; when a new one is made, what was not used for longest goes
 
 
 def directory() -> Path:
@@ -40,15 +40,15 @@ def locked(name: str) -> Iterator[None]:
         yield
 
 
-def made(kind: str, key: str, make: Callable[[Path], None]) -> Path:
-    """The file `kind`-`key`, made by `make(path)` where it is missing; older files of that kind are dropped."""
-    target = directory() / f"{kind}-{key}"
+def made(kind: str, key: str, make: Callable[[Path], None], kept: int = KEPT) -> Path:
+    """The file `kind`.`key`, made by `make(path)` where it is missing; `kept` files of that kind stay."""
+    target = directory() / f"{kind}.{key}"
     if target.exists():
         return used(target)
     with locked(kind):
         if target.exists():
             return used(target)
-        handle, name = tempfile.mkstemp(prefix=f".new-{kind}-", dir=directory())
+        handle, name = tempfile.mkstemp(prefix=f".new-{kind}.", dir=directory())
         os.close(handle)
         try:
             make(Path(name))
@@ -56,7 +56,7 @@ def made(kind: str, key: str, make: Callable[[Path], None]) -> Path:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        _drop_older(kind, target)
+        _drop_older(kind, target, kept)
     return target
 
 
@@ -66,9 +66,10 @@ def used(path: Path) -> Path:
     return path
 
 
-def _drop_older(kind: str, newest: Path) -> None:
-    found = sorted(directory().glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in [path for path in found if path != newest][KEPT - 1 :]:
+def _drop_older(kind: str, newest: Path, kept: int) -> None:
+    lock = directory() / f"{kind}.lock"
+    found = sorted(directory().glob(f"{kind}.*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in [path for path in found if path not in (newest, lock)][kept - 1 :]:
         path.unlink(missing_ok=True)
-    for path in directory().glob(f".new-{kind}-*"):  # of a process that was killed: the lock is ours
+    for path in directory().glob(f".new-{kind}.*"):  # of a process that was killed: the lock is ours
         path.unlink(missing_ok=True)

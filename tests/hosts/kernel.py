@@ -20,10 +20,11 @@ from .errors import HostError
 
 # What a host uses, on either architecture; what a kernel has built in, or not at all, is left out.
 MODULES = (
-    "virtio_pci", "virtio_console",  # the way in and out
-    "kvm-amd", "kvm-intel",
-    "tun", "tap", "vhost_net", "vhost_vsock",
-)  # fmt: skip
+    *("virtio_pci", "virtio_console"),  # the way in and out
+    *("kvm-amd", "kvm-intel"),
+    *("tun", "tap", "vhost_net", "vhost_vsock"),
+)
+_NOT_UNDER = {"qemu": "kvm-intel", "bochs": "kvm-amd"}  # the other vendor's: half a second to be refused
 # Cloud kernels are a third of the size. Up to 6.18 everything is in linux-image-*; from 6.19 on that one is empty.
 _NAME = re.compile(r"linux-(image|binary)-([0-9][^-]*(?:-[0-9]+)?)-cloud-(?:amd64|arm64)")
 _NAME_PREFIX = re.compile(r"^linux-(?:image|binary)-")
@@ -39,11 +40,11 @@ class Kernel(NamedTuple):
     version: str
     release: str
 
-    def modules(self) -> bytes:
+    def modules(self, emulator: str) -> bytes:
         """An initramfs with the modules, numbered as they have to be loaded."""
         files = _files(self.trees)
         ordered: dict[str, bytes] = {}
-        for name in MODULES:
+        for name in (name for name in MODULES if name != _NOT_UNDER[emulator]):
             _add(name.replace("-", "_"), files, ordered)
         return archive(
             Member(f"modules/{place:02}-{name}.ko", DATA, data)

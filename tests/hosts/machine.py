@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import shutil
 import socket
@@ -80,21 +79,20 @@ def arguments(host: Host, append: str = "") -> list[str]:
 class Machine:
     """One running host; a context manager, which ends it. Raises HostError from every method."""
 
-    def __init__(self, host: Host, kernel: Path, initrd: Path, *, incoming: Path | None = None) -> None:
+    def __init__(self, host: Host, files: Sequence[str]) -> None:
+        """Start QEMU; `files` are its arguments that name files: kernel and initramfs, or a saved machine."""
         self.host = host
         self.about: dict[str, str] = {}
-        self.restored = incoming is not None
+        self.boot_id = ""  # the kernel's own
         self._folder = Path(tempfile.mkdtemp(prefix="kvmneg-host-"))
         self._console = self._folder / "console"
         self._port, port = socket.socketpair()
         self._qmp, qmp = socket.socketpair()
         self._buffer = b""
         command = [*emulator(host), *arguments(host)]
-        command += ["-kernel", str(kernel), "-initrd", str(initrd), "-serial", f"file:{self._console}"]
+        command += [*files, "-serial", f"file:{self._console}"]
         command += ["-chardev", f"socket,id=port,fd={port.fileno()}"]
         command += ["-chardev", f"socket,id=qmp,fd={qmp.fileno()}", "-mon", "chardev=qmp,mode=control"]
-        if incoming is not None:
-            command += ["-incoming", f"exec:cat {incoming}"]
         with port, qmp, open(self._folder / "errors", "wb") as errors:
             self._process = subprocess.Popen(
                 command,
@@ -104,6 +102,7 @@ class Machine:
                 pass_fds=(port.fileno(), qmp.fileno()),
             )
         self._qmp_file = self._qmp.makefile("rwb", buffering=0)
+        self._negotiated = False
 
     def __enter__(self) -> Machine:
         return self
@@ -139,11 +138,11 @@ class Machine:
             if message[0] == "ready":
                 self.about = json.loads(message[1])
 
-    def run(self, job: Job, listener: Listener | None = None, boot_id: str = "") -> Result:
+    def run(self, job: Job, listener: Listener | None = None) -> Result:
         """A job from its start to its end; one after the other may run in one host."""
         limit = job.seconds + GRACE_SECONDS
         ends = time.monotonic() + limit
-        packed = job.packed(boot_id)
+        packed = job.packed(self.boot_id)
         self._send(b"job %d\n" % len(packed) + packed, ends, limit)
         collector = Collector(self.about, listener)
         while collector.result is None:
@@ -185,8 +184,10 @@ class Machine:
         """One QMP command; what it returns."""
         self._qmp.settimeout(QMP_SECONDS)
         try:
-            if command == "qmp_capabilities":
+            if not self._negotiated:
+                self._negotiated = True
                 self._qmp_file.readline()  # the greeting
+                self.qmp("qmp_capabilities")
             request = {"execute": command, "arguments": words} if words else {"execute": command}
             self._qmp_file.write(json.dumps(request).encode() + b"\n")
             while line := self._qmp_file.readline():
@@ -200,17 +201,14 @@ class Machine:
         raise HostError("snapshot", f"{command}: QEMU has ended", self.console())
 
 
-def interactive(host: Host, kernel: Path, initrd: Path) -> int:
+def interactive(host: Host, files: Sequence[str]) -> int:
     """A shell on the host's console, at this terminal; its exit status (Ctrl-A X ends it)."""
-    line: Sequence[str] = [*emulator(host), *arguments(host, "kvmneg.shell")]
-    files = [
-        "-kernel",
-        str(kernel),
-        "-initrd",
-        str(initrd),
+    line = [
+        *emulator(host),
+        *arguments(host, "kvmneg.shell"),
         "-serial",
         "mon:stdio",
         "-chardev",
         "null,id=port",
     ]
-    return subprocess.run([*line, *files], check=False, env=os.environ).returncode
+    return subprocess.run([*line, *files], check=False).returncode

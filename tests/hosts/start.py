@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 from . import cache, cpio, kernel, userspace
 from .catalogue import Host
+from .errors import HostError
 from .machine import Machine, arguments, emulator_name
 
 POLL_SECONDS = 0.01
+MOVE_SECONDS = 120.0
 
 
 class Built:
@@ -22,7 +27,7 @@ class Built:
         self.host = host
         self.kernel = kernel.get(host)
         self._userspace = userspace.initramfs(host.architecture)
-        self._modules = self.kernel.modules()
+        self._modules = self.kernel.modules(host.emulator)
         self.key = cache.digest(
             self.kernel.release,
             self.kernel.version,
@@ -33,19 +38,69 @@ class Built:
         )
 
     @contextmanager
-    def files(self) -> Iterator[tuple[Path, Path]]:
-        """The kernel's image and the whole initramfs, for as long as a machine loads them."""
+    def files(self) -> Iterator[list[str]]:
+        """QEMU's arguments with the kernel's image and the initramfs, for as long as a machine loads them."""
         with TemporaryDirectory(prefix="kvmneg-boot-") as name:
             image, initrd = Path(name) / "image", Path(name) / "initrd"
             image.write_bytes(kernel.bootable(self.kernel.image))
             with open(initrd, "wb") as target:
                 cpio.join(target, [self._userspace.read_bytes(), self._modules])
-            yield image, initrd
+            yield ["-kernel", str(image), "-initrd", str(initrd)]
 
 
 @contextmanager
 def booted(built: Built) -> Iterator[Machine]:
     """A host that was booted."""
-    with built.files() as (image, initrd), Machine(built.host, image, initrd) as machine:
+    with built.files() as files, Machine(built.host, files) as machine:
         machine.wait_ready()
         yield machine
+
+
+@contextmanager
+def restored(built: Built) -> Iterator[Machine]:
+    """A host as it was when it had just booted, from its snapshot; booted for one where there is none.
+
+    Clock, entropy and boot id are new with the first job; all else is the same in each: addresses, process
+    numbers, what the kernel measured at boot.
+    """
+    snapshot = cache.made(
+        f"snapshot-{built.host.name}-{built.host.cpu}", built.key, lambda path: _save(built, path), 1
+    )
+    incoming = ["-kernel", str(built.kernel.image), "-incoming", f"exec:cat {shlex.quote(str(snapshot))}"]
+    with Machine(built.host, incoming) as machine:
+        _wait(machine, "query-status", lambda status: status == "paused", ("inmigrate",), "restore")
+        machine.qmp("cont")
+        machine.about = {
+            "release": built.kernel.release,
+            "machine": userspace.MACHINES[built.host.architecture],
+        }
+        machine.boot_id = str(uuid4())
+        yield machine
+
+
+def _save(built: Built, path: Path) -> None:
+    with booted(built) as machine:
+        machine.qmp("stop")
+        machine.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 34})
+        machine.qmp("migrate", uri=f"exec:cat >{shlex.quote(str(path))}")
+        _wait(
+            machine,
+            "query-migrate",
+            lambda status: status == "completed",
+            ("setup", "active", "device"),
+            "snapshot",
+        )
+
+
+def _wait(
+    machine: Machine, query: str, done: Callable[[str], bool], meanwhile: tuple[str, ...], step: str
+) -> None:
+    ends = time.monotonic() + MOVE_SECONDS
+    while True:
+        answer = machine.qmp(query)
+        status = str(answer.get("status", "setup")) if isinstance(answer, dict) else ""
+        if done(status):
+            return
+        if status not in meanwhile or time.monotonic() > ends:
+            raise HostError(step, f"{query} says {answer}", machine.console())
+        time.sleep(POLL_SECONDS)
