@@ -10,14 +10,20 @@ PREFIX ?= /usr
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml meson.build $(shell find kvmneg csrc man units -type f ! -name '*.pyc' ! -name '*.so' ! -name '_x86_64*' 2>/dev/null)
 
-.PHONY: run test lint bench build install clean setup-run setup-test
+.PHONY: run test test-hosts test-long lint bench build install clean setup-run setup-test setup-hosts
 .DELETE_ON_ERROR:
 
 run: setup-run build  ## the main job on this host, narrated
 	@$(BIN)/python -P -m kvmneg.cli.demo
 
-test: setup-test build $(VENV)/.test  ## all tests, linters included; PYTEST_ARGS= for a part
+test: setup-test build $(VENV)/.test  ## all tests, linters included, in two emulated hosts too; PYTEST_ARGS= for a part
 	@$(BIN)/pytest $(PYTEST_ARGS)
+
+test-hosts: setup-hosts build $(VENV)/.test  ## the tests that run in emulated hosts, in all of them: half an hour, 1 GB fetched
+	@$(BIN)/pytest -m hosts --hosts=all tests $(PYTEST_ARGS)
+
+test-long: setup-test build $(VENV)/.test  ## kills, soaks and properties with many more examples
+	@$(BIN)/pytest --long $(PYTEST_ARGS)
 
 lint: setup-test build $(VENV)/.test  ## the linters alone
 	@$(BIN)/pytest tests/lint $(PYTEST_ARGS)
@@ -36,7 +42,7 @@ install: setup-run $(VENV)/.run  ## the C library, header, pkg-config file and t
 clean:
 	rm -rf build .venv
 
-setup-run setup-test:
+setup-run setup-test setup-hosts:
 	@tools/setup.sh $(@:setup-%=%)
 
 $(BIN)/python:

@@ -3,12 +3,16 @@
 
 In CI a skip that tests/allowed-skips.txt does not list is a failure, as is a missing tool. Where /dev/kvm is
 usable, the ioctls of MINIMUM must have run: a suite that passes without touching KVM shows nothing.
+
+Tests marked `hosts` run in emulated hosts (tests/hosts): --hosts=few one of each architecture, --hosts=all every one.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import os
+import platform
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
     from kvmneg.host.kvm import Kvm
 
 TOP = Path(__file__).parent
+sys.path.append(str(TOP.parent))  # behind everything: kvmneg stays the built one
+from tests import summary  # noqa: E402 - needs the line above
+
 MINIMUM_X86 = (
     "KVM_GET_API_VERSION", "KVM_CHECK_EXTENSION", "KVM_CREATE_VM", "KVM_CREATE_VCPU", "KVM_GET_SUPPORTED_CPUID",
     "KVM_SET_CPUID2",
@@ -37,6 +44,19 @@ MINIMUM_ARM64 = (
 
 _handles: list[Kvm] = []
 _skips: list[tuple[str, str]] = []
+_outcomes: Counter[str] = Counter()
+_parts: list[summary.Part] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--hosts", choices=("few", "all"), default="few", help="which emulated hosts to run in")
+    parser.addoption("--long", action="store_true", help="more examples, longer soaks: hours, not minutes")
+
+
+@pytest.fixture
+def summary_parts() -> list[summary.Part]:
+    """Where a test that ran others inside an emulated host puts what they did."""
+    return _parts
 
 
 def kvm_problem() -> str:
@@ -76,6 +96,8 @@ def real_kvm() -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        _outcomes[report.outcome] += 1
     if report.skipped and isinstance(report.longrepr, tuple):
         _skips.append((report.nodeid, report.longrepr[2].removeprefix("Skipped: ")))
 
@@ -95,18 +117,13 @@ def _ioctls() -> Counter[tuple[str, int]]:
     return total
 
 
-def _kind() -> str:
-    import platform
-
-    listed = os.listdir("/sys/module") if Path("/sys/module").is_dir() else []
-    modules = sorted(name for name in listed if name.startswith("kvm_"))
-    return f"{'+'.join(modules) or 'kvm'} of Linux {platform.release()} on {platform.machine()}"
+def _part() -> summary.Part:
+    """What ran on this machine's own KVM."""
+    return summary.Part("", summary.kind(), kvm_problem(), _ioctls(), dict(_outcomes))
 
 
 def _not_run(session: pytest.Session) -> list[str]:
     """The ioctls of the minimum set that no test made succeed, where the whole suite ran on a usable KVM."""
-    import platform
-
     part = session.config.getoption("keyword") or session.config.args != session.config.getini("testpaths")
     if part or kvm_problem():
         return []
@@ -121,6 +138,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.exitstatus == pytest.ExitCode.OK and (in_ci or _not_run(session)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     session.config.stash[_session_key] = session
+    if os.environ.get(summary.VARIABLE):
+        Path(os.environ[summary.VARIABLE]).write_bytes(_part().to_json())
 
 
 _session_key = pytest.StashKey[pytest.Session]()
@@ -128,11 +147,8 @@ _session_key = pytest.StashKey[pytest.Session]()
 
 def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
     terminalreporter.section("KVM")
-    problem = kvm_problem()
-    terminalreporter.line(f"not used: {problem}" if problem else f"ran on {_kind()}")
-    for (ioctl, error), count in sorted(_ioctls().items()):
-        outcome = os.strerror(error) if error else "succeeded"
-        terminalreporter.line(f"  {ioctl:<34} {count:>7} × {outcome}")
+    for line in summary.lines([_part(), *_parts]):
+        terminalreporter.line(line)
     session = config.stash.get(_session_key, None)
     for ioctl in _not_run(session) if session else ():
         terminalreporter.line(f"  {ioctl} never succeeded, though KVM is usable", red=True)

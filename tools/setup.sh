@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# tools/setup.sh run|test: the Debian packages that `make run` or `make test` needs. As root it installs what is
-# missing; as anyone else it prints the one line that does, and stops.
+# tools/setup.sh run|test|hosts: the Debian packages that `make run`, `make test` or `make test-hosts` needs. As root
+# it installs what is missing; as anyone else it prints the one line that does, and stops.
 set -euo pipefail
 
 case $(dpkg --print-architecture 2>/dev/null || true) in
@@ -12,9 +12,14 @@ esac
 # python3-dev, gcc: the extension; libsystemd-dev, pkg-config: systemd-python, which PyPI has as source only
 packages=(python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev "$qemu")
 case ${1:-} in
-    run) ;;
-    test) packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user scdoc mandoc shellcheck procps g++ gpg gpg-agent gpgv apt-utils) ;;
-    *) echo "usage: $0 run|test" >&2; exit 2 ;;
+    test | hosts)
+        packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user scdoc mandoc shellcheck procps g++ gpg gpg-agent gpgv apt-utils)
+        # the hosts of tests/hosts, of either architecture
+        packages+=(qemu-system-arm qemu-system-x86)
+        ;;&
+    hosts) packages+=(bochs bochs-term isolinux xorriso) ;;
+    run | test) ;;
+    *) echo "usage: $0 run|test|hosts" >&2; exit 2 ;;
 esac
 
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }

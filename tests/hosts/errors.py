@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What can go wrong with an emulated host: each says which step failed, and what the console last showed."""
 
-TAIL_LINES = 25
+TAIL_LINES = 40
 
 
 class HostError(Exception):

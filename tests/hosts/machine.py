@@ -139,7 +139,14 @@ class Machine:
                 self.about = json.loads(message[1])
 
     def run(self, job: Job, listener: Listener | None = None) -> Result:
-        """A job from its start to its end; one after the other may run in one host."""
+        """A job from its start to its end; one after the other may run in one host. A host that fails is ended."""
+        try:
+            return self._run(job, listener)
+        except HostError:
+            self._process.kill()
+            raise
+
+    def _run(self, job: Job, listener: Listener | None) -> Result:
         limit = job.seconds + GRACE_SECONDS
         ends = time.monotonic() + limit
         packed = job.packed(self.boot_id)
@@ -151,16 +158,15 @@ class Machine:
 
     def _send(self, data: bytes, ends: float, limit: float) -> None:
         view = memoryview(data)
-        self._port.setblocking(False)
         try:
+            self._port.setblocking(False)
             while view:
                 if not select.select([], [self._port], [], max(0.0, ends - time.monotonic()))[1]:
                     raise HostError("job", f"was not taken within {limit:g} s", self.console())
                 view = view[self._port.send(view) :]
+            self._port.setblocking(True)
         except OSError as error:
             raise HostError("job", f"the host is gone: {error}", self.console()) from error
-        finally:
-            self._port.setblocking(True)
 
     def _message(self, ends: float, step: str, limit: float) -> tuple[str, bytes]:
         """The next message of the agent's."""

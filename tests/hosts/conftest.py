@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Hosts for tests: `host` is each host of the run in turn, `qemu_host` each one under QEMU."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.hosts import catalogue
+
+FEW = ("arm64-6.12", "amd-6.12")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "qemu_host" not in metafunc.fixturenames:
+        return
+    everything = metafunc.config.getoption("hosts") == "all"
+    names = [host.name for host in catalogue.hosts() if host.emulator == "qemu"] if everything else FEW
+    metafunc.parametrize("qemu_host", [catalogue.find(name) for name in names], ids=names)

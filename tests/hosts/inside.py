@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""This project's tests, run by pytest inside a host."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from .. import summary
+from . import project, start
+from .catalogue import Host
+from .job import Job, Result
+
+SECONDS = 600.0
+_SUMMARY = "/job/out/summary.json"
+
+
+class Inside(NamedTuple):
+    """What became of it: `part` for the summary, None where pytest came to no end."""
+
+    result: Result
+    part: summary.Part | None
+
+    def tail(self, size: int = 6000) -> str:
+        """The end of what pytest printed."""
+        return (self.result.stdout + self.result.stderr).decode("utf-8", "replace")[-size:]
+
+
+def run(host: Host, *words: str, seconds: float = SECONDS, extra: dict[str, bytes] | None = None) -> Inside:
+    """`pytest WORDS` in /job of a restored host. `extra` are more files. A skip is judged there as it is here.
+
+    Raises HostError where the host, not a test, fails.
+    """
+    environment = {**project.ENVIRONMENT, summary.VARIABLE: _SUMMARY, "CI": os.environ.get("CI", "")}
+    environment["PATH"] = "/job/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    # No cache: it goes with the host. Plain assertions are rewritten as outside.
+    argv = ["python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    files = {**project.files(host.architecture), **(extra or {})}
+    with start.restored(start.Built(host)) as machine:
+        result = machine.run(Job(argv, files, environment, seconds))
+    data = result.files.get("summary.json")
+    return Inside(result, summary.read(data, host.name) if data else None)
