@@ -17,9 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from . import catalogue, machine, project, start
+from . import bochs, catalogue, machine, project, start
 from .errors import HostError
-from .job import Job
+from .job import Job, Result
 
 
 def _arguments() -> argparse.Namespace:
@@ -75,6 +75,8 @@ def _run(given: argparse.Namespace) -> int:
         path, _, name = word.partition("=")
         files[name or Path(path).name] = Path(path).read_bytes()
     job = Job(given.command, files, project.ENVIRONMENT, given.seconds)
+    if host.emulator == "bochs":
+        return _leave(bochs.run(host, job, _show), given)
     built = start.Built(host)
     times.append(time.monotonic())
     with (start.booted if given.boot else start.restored)(built) as host_machine:
@@ -84,6 +86,11 @@ def _run(given: argparse.Namespace) -> int:
     if given.timing:
         steps = zip(("build", "boot", "job"), times, times[1:], strict=False)
         sys.stderr.write(", ".join(f"{name} {to - since:.2f} s" for name, since, to in steps) + "\n")
+    return _leave(result, given)
+
+
+def _leave(result: Result, given: argparse.Namespace) -> int:
+    """Put the files where they are wanted; the exit status."""
     for name, content in result.files.items() if given.out else ():
         target = given.out / name
         target.parent.mkdir(parents=True, exist_ok=True)

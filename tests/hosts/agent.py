@@ -93,7 +93,7 @@ def busybox_raw(path: str) -> None:
     child = os.fork()
     if not child:
         os.dup2(fd, 0)
-        os.execv("/usr/bin/busybox", ["busybox", "stty", "raw", "-echo"])
+        os.execv("/usr/bin/busybox", ["busybox", "stty", "raw", "-echo", "115200"])
     os.close(fd)
     os.waitpid(child, 0)
 
