@@ -273,17 +273,19 @@ def test_sigterm_ends_after_the_reply(make_daemon: Callable[..., Daemon]) -> Non
     assert generation == 1 if isinstance(answered[0], dict) else generation in (0, 1)
 
 
-def test_sigkill_during_pins_leaves_the_old_or_the_new_fence(make_daemon: Callable[..., Daemon]) -> None:
+def test_sigkill_during_pins_leaves_the_old_or_the_new_fence(
+    make_daemon: Callable[..., Daemon], pytestconfig: pytest.Config
+) -> None:
     daemon = make_daemon()
     acknowledged = 0
-    for round_ in range(8):
+    for round_ in range(200 if pytestconfig.getoption("long") else 8):
         daemon.start()
         with daemon.client() as client:
             before = client.fence_get()
             assert before["generation"] in (acknowledged, acknowledged + 1)
             # one that is waited for: on a busy machine none might come before the kill
             acknowledged = client.fence_pin("first", source="host")["generation"]
-            killer = threading.Timer(0.01 + 0.007 * round_, daemon.end, (signal.SIGKILL,))
+            killer = threading.Timer(0.01 + 0.007 * (round_ % 20), daemon.end, (signal.SIGKILL,))
             killer.start()
             try:
                 for number in range(10_000):

@@ -286,6 +286,7 @@ def test_a_closed_store_says_so(state: Path) -> None:
 # Kills
 
 ROUNDS = 30
+LONG_ROUNDS = 150
 
 
 def kill_after(child: subprocess.Popen[bytes], seconds: float) -> list[int]:
@@ -300,10 +301,12 @@ def kill_after(child: subprocess.Popen[bytes], seconds: float) -> list[int]:
     return [int(line) for line in (first + rest).decode().splitlines()]
 
 
-def test_a_kill_while_pinning_leaves_the_old_or_the_new_fence(state: Path) -> None:
+def test_a_kill_while_pinning_leaves_the_old_or_the_new_fence(
+    state: Path, pytestconfig: pytest.Config
+) -> None:
     chance = random.Random(20261121)
     at = 0
-    for _round in range(ROUNDS):
+    for _round in range(LONG_ROUNDS if pytestconfig.getoption("long") else ROUNDS):
         acknowledged = kill_after(spawn(PIN_FOR_EVER, state), chance.uniform(0.0, 0.04))
         assert acknowledged == list(range(at, acknowledged[-1] + 1))
         with SqliteStore(str(state), verify=sha256) as store:

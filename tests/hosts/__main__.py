@@ -5,6 +5,7 @@
     python -m tests.hosts build [HOST …]                fetch and build what a host needs
     python -m tests.hosts run HOST [--cpu MODEL] -- COMMAND …
     python -m tests.hosts shell HOST
+    python -m tests.hosts record HOST [--cpu MODEL]     write the host's report into tests/data/hosts
 
 COMMAND runs in /job, where kvmneg/ and tests/ of this project are and PYTHONPATH points; `python3 -m pytest …`
 and `python3 -m kvmneg.cli …` work. What it leaves in /job/out is put into --out. Exits as COMMAND does.
@@ -17,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from . import bochs, catalogue, machine, project, start
+from ..packages.errors import PackageError
+from . import bochs, catalogue, machine, project, recording, start
 from .errors import HostError
 from .job import Job, Result
 
@@ -30,10 +32,13 @@ def _arguments() -> argparse.Namespace:
     verbs.add_parser("list")
     build = verbs.add_parser("build")
     build.add_argument("host", nargs="*")
-    for name in ("run", "shell"):
+    for name in ("run", "shell", "record"):
         verb = verbs.add_parser(name)
         verb.add_argument("host")
         verb.add_argument("--cpu", default="")
+        if name == "record":
+            verb.add_argument("--to", type=Path, help="the report's file")
+            verb.add_argument("--name", default="", help="the host's name in it")
         if name == "run":
             verb.add_argument("--seconds", type=float, default=120.0, help="the command's time limit")
             verb.add_argument("--boot", action="store_true", help="boot it, do not restore its snapshot")
@@ -105,14 +110,19 @@ def _shell(given: argparse.Namespace) -> int:
 
 
 def main() -> int:
+    sys.path.append(sys.path.pop(0))  # the current folder last: kvmneg is the built one
     given = _arguments()
     try:
         if given.verb == "list":
             return _list()
         if given.verb == "build":
             return _build(given.host)
+        if given.verb == "record":
+            host = catalogue.find(given.host, given.cpu)
+            sys.stdout.write(f"{recording.write(host, given.to, given.name)}\n")
+            return 0
         return _run(given) if given.verb == "run" else _shell(given)
-    except HostError as error:
+    except (HostError, PackageError) as error:
         sys.stderr.write(f"{error}\n")
         return 125
 

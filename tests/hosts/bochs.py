@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..packages.errors import PackageError
 from ..packages.store import Store, Wanted
 from ..packages.tree import Tree
 from . import cpio, kernel, userspace
@@ -54,20 +53,17 @@ debug: action=ignore
 
 
 def trees(store: Store) -> dict[str, Tree]:
-    """The unpacked tools. Raises HostError."""
-    try:
-        return {
-            "bochs": store.get(Wanted("bochs-term", "", SUITE)),
-            "xorriso": store.get(Wanted("xorriso", "", SUITE)),
-            "isolinux": store.get(Wanted("isolinux", "", SUITE, alone=True)),
-            "syslinux-common": store.get(Wanted("syslinux-common", "", SUITE, alone=True)),
-        }
-    except PackageError as error:
-        raise HostError("packages", str(error)) from error
+    """The unpacked tools. Raises PackageError."""
+    return {
+        "bochs": store.get(Wanted("bochs-term", "", SUITE)),
+        "xorriso": store.get(Wanted("xorriso", "", SUITE)),
+        "isolinux": store.get(Wanted("isolinux", "", SUITE, alone=True)),
+        "syslinux-common": store.get(Wanted("syslinux-common", "", SUITE, alone=True)),
+    }
 
 
 def run(host: Host, job: Job, listener: Listener | None = None) -> Result:
-    """Boot the host with the job, and wait for its end. Raises HostError."""
+    """Boot the host with the job, and wait for its end. Raises HostError, PackageError."""
     store = Store()
     tools = trees(store)
     with TemporaryDirectory(prefix="kvmneg-bochs-") as name:

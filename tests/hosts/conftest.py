@@ -16,3 +16,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     everything = metafunc.config.getoption("hosts") == "all"
     names = [host.name for host in catalogue.hosts() if host.emulator == "qemu"] if everything else FEW
     metafunc.parametrize("qemu_host", [catalogue.find(name) for name in names], ids=names)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("hosts") == "all":
+        return
+    left_out = [item for item in items if item.get_closest_marker("every_host")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)

@@ -1,5 +1,6 @@
 #!/usr/bin/busybox sh
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# shellcheck shell=sh
 # PID 1 of an emulated host: file systems, modules, then agent.py, which takes jobs (see its words).
 b=/usr/bin/busybox
 $b mkdir -p /proc /sys /dev /tmp /run /root /job

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from ..packages.errors import Missing, PackageError
+from ..packages.errors import Missing
 from ..packages.store import Store, Wanted
 from ..packages.tree import Tree
 from ..packages.versions import numbers, satisfies
@@ -53,7 +53,7 @@ class Kernel(NamedTuple):
 
 
 def get(host: Host, store: Store | None = None) -> Kernel:
-    """The host's kernel, from the cache or the mirror. Raises HostError; Unreachable where no mirror answers."""
+    """The host's kernel, from the cache or the mirror. Raises PackageError."""
     store = store or Store()
     names = _cached(host, store) or store.names(host.suite, host.architecture, "linux-")
     found = [name for name in names if (match := _NAME.fullmatch(name)) and _fits(match, host)]
@@ -63,10 +63,7 @@ def get(host: Host, store: Store | None = None) -> Kernel:
     wanted = [package]
     if package.startswith("linux-binary-"):
         wanted.append(package.replace("linux-binary-", "linux-modules-"))
-    try:
-        trees = [store.get(Wanted(name, "", host.suite, host.architecture, alone=True)) for name in wanted]
-    except PackageError as error:
-        raise HostError("packages", str(error)) from error
+    trees = [store.get(Wanted(name, "", host.suite, host.architecture, alone=True)) for name in wanted]
     image = _image(trees[0])
     release = _NAME_PREFIX.sub("", package)
     return Kernel(image, trees, trees[0].version, release)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from ..packages.errors import PackageError
 from ..packages.store import Store, Wanted
 from .catalogue import Host
 from .errors import HostError, NoEmulator
@@ -41,10 +40,7 @@ def emulator(host: Host) -> list[str]:
             raise NoEmulator(program)
         return [found]
     suite = "trixie" if host.emulator_version.startswith("10.") else "trixie-backports"
-    try:
-        return Store().get(Wanted(package, host.emulator_version, suite)).qemu(f"usr/bin/{program}")
-    except PackageError as error:
-        raise HostError("packages", str(error)) from error
+    return Store().get(Wanted(package, host.emulator_version, suite)).qemu(f"usr/bin/{program}")
 
 
 def emulator_name(host: Host) -> str:

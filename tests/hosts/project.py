@@ -57,6 +57,8 @@ def _package(architecture: str) -> dict[str, bytes]:
         if path.suffix == ".py":
             where, _, file = name.rpartition("/")
             found[f"{where}/__pycache__/{Path(file).stem}.{_TAG}.pyc"] = _bytecode(path, f"/job/{name}")
+    if not any(name.endswith(".so") for name in found) and native(architecture):
+        raise HostError("build", f"{folder} has no extension: make build, or tools/inplace.sh for a checkout")
     if not native(architecture):
         found["kvmneg/_libkvmneg.abi3.so"] = extension(architecture).read_bytes()
     return found

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 
+from kvmneg.features.report import Report
 from tests.conftest import MINIMUM_ARM64, MINIMUM_X86
-from tests.hosts import inside
+from tests.hosts import catalogue, inside, recording, userspace, vmm
 from tests.packages.errors import Unreachable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.hosts.catalogue import Host
     from tests.summary import Part
 
@@ -19,10 +23,10 @@ pytestmark = pytest.mark.hosts
 MINIMUM = {"arm64": MINIMUM_ARM64, "amd64": MINIMUM_X86}
 
 
-def run(host: Host, *words: str) -> inside.Inside:
+def run(host: Host, *words: str, extra: Callable[[], dict[str, bytes]] = dict) -> inside.Inside:
     """Runs them; skips where the mirror is needed and not there."""
     try:
-        return inside.run(host, *words)
+        return inside.run(host, *words, extra=extra())
     except Unreachable as error:
         pytest.skip(f"the mirror is not reachable: {error}")
 
@@ -37,3 +41,37 @@ def test_kvm_suite(qemu_host: Host, summary_parts: list[Part]) -> None:
     assert qemu_host.kernel in found.part.kind
     assert not set(MINIMUM[qemu_host.architecture]) - found.part.succeeded()
     assert "failed" not in found.part.outcomes
+
+
+@pytest.mark.every_host
+@pytest.mark.parametrize("name", ["amd-6.1", "amd-6.12", "amd-newest"])
+def test_a_qemu_inside(name: str, summary_parts: list[Part]) -> None:
+    """A real QEMU starts there, on a KVM that keeps its word, with what contracts of that host lead to."""
+    found = run(
+        catalogue.find(name), "tests/kvm/test_qemu_emit.py", extra=lambda: vmm.qemu("7.2", userspace.suite())
+    )
+    assert found.part is not None, found.tail()
+    summary_parts.append(found.part._replace(name=f"{name} with QEMU 7.2"))
+    assert found.result.status == 0, found.tail()
+    assert set(found.part.outcomes) == {"passed"}, found.tail()
+
+
+@pytest.mark.every_host
+@pytest.mark.parametrize("line", catalogue.INTEL_LINES)
+@pytest.mark.parametrize("model", catalogue.INTEL_MODELS)
+def test_intel(model: str, line: str) -> None:
+    """What the recorded report says is what that host says: everything but when, where from and which boot."""
+    host = catalogue.find(f"intel-{line}", model)
+    try:
+        found = Report.loads(json.dumps(recording.record(host)).encode())
+    except Unreachable as error:
+        pytest.skip(f"the mirror is not reachable: {error}")
+    assert found.identity["vendor"] == "GenuineIntel"
+    assert found.offer_words["cpuid:0x1.0.ecx"] & 1 << 5  # VMX
+    assert {
+        f"msr:{index:#x}" for index in (0x480, 0x48B, 0x48D, 0x48E, 0x48F, 0x490)
+    } <= found.offer_words.keys()
+    if recording.path(host).exists():
+        recorded = Report.loads(recording.path(host).read_bytes())
+        same_kernel = recorded.combo["kernel"] == found.combo["kernel"]
+        assert not same_kernel or recorded.offer == found.offer

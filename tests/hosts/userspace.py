@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..packages.errors import PackageError
+from ..packages.errors import Unreachable
 from ..packages.store import Store, Wanted
 from ..packages.tree import Tree
 from . import cache, cpio
@@ -81,6 +81,7 @@ APPLETS = (
     "umount",
     "uname",
 )
+_NO_CONNECTION = "Failed to establish a new connection"  # pip's words
 VERSION = "2"  # of this recipe
 
 
@@ -99,17 +100,14 @@ def suite() -> str:
 
 
 def trees(architecture: str, store: Store | None = None) -> list[Tree]:
-    """The unpacked packages. Raises HostError."""
+    """The unpacked packages. Raises PackageError."""
     python = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     wanted = [
         Wanted(python, "", suite(), architecture),
         Wanted("busybox-static", "", suite(), architecture, True),
     ]
     store = store or Store()
-    try:
-        return [store.get(one) for one in wanted]
-    except PackageError as error:
-        raise HostError("packages", str(error)) from error
+    return [store.get(one) for one in wanted]
 
 
 def initramfs(architecture: str) -> Path:
@@ -204,8 +202,8 @@ def _wheel(name: str, version: str, architecture: str) -> Path:
             command += [f"--platform=manylinux2014_{machine}", f"--dest={folder}", f"{name}=={version}"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                said = done.stderr.strip()[-400:]
-                raise HostError("packages", f"pip has no {name} {version} for {machine}: {said}")
+                said = f"pip has no {name} {version} for {machine}: {done.stderr.strip()[-400:]}"
+                raise Unreachable(said) if _NO_CONNECTION in said else HostError("packages", said)
             shutil.copyfile(next(Path(folder).glob("*.whl")), path)
 
     return cache.made(f"wheel-{name}-{architecture}", cache.digest(version, minor), fetch)

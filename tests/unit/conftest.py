@@ -16,7 +16,11 @@ HERE = Path(__file__).parent
 
 # No test here is timed: a busy machine is no failure.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+settings.register_profile("long", settings.get_profile("untimed"), max_examples=5000)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("long" if config.getoption("long") else "untimed")
 
 
 def _load(name: str) -> None:

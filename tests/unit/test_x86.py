@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Decoding of KVM's raw answers.
 
-data/dump-amd-6.1.json is what Linux 6.1's KVM answered inside QEMU 7.2's emulation of `-cpu max`, recorded by
-tests/hosts/record. The values expected here are not taken from the decoder: each says where it is known from.
+data/dump-amd-6.1.json is what Linux 6.1's KVM answered inside QEMU 7.2's emulation of `-cpu max`, recorded in
+an emulated host (tests/hosts/raw.py). The values expected here are not taken from the decoder: each says where it is
+known from.
 """
 
 from __future__ import annotations
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,10 @@ from kvmneg.features import catalog
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.host import x86
 from kvmneg.host.kvm import CpuidEntry, Probe
+from tests.hosts.raw import probe_of
 
 TESTS = Path(__file__).parents[1]
 KVM_LETTERS = (0x4B4D564B, 0x564B4D56, 0x4D)  # "KVMKVMKVM\0\0\0", Documentation/virt/kvm/x86/cpuid.rst
-
-
-def load_recorder() -> Any:
-    spec = spec_from_file_location("record_report", TESTS / "hosts/record/report.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +31,7 @@ def dump() -> Any:
 
 @pytest.fixture(scope="module")
 def offer(dump: Any) -> dict[str, int]:
-    return x86.decoder().offer(load_recorder().probe_of(dump))
+    return x86.decoder().offer(probe_of(dump))
 
 
 def entry(leaf: int, index: int = 0, *registers: int, flags: int = 0) -> CpuidEntry:
@@ -107,7 +100,7 @@ def test_what_vmms_give_is_normalised(dump: Any, offer: dict[str, int]) -> None:
 
 
 def test_identity(dump: Any) -> None:
-    entries = load_recorder().probe_of(dump).supported
+    entries = probe_of(dump).supported
     assert x86.identity(entries) == {"vendor": "AuthenticAMD", "signature": "0x00060fb1"}
 
 

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Reports of emulated hosts, for tests that need many hosts and no emulator: `python -m tests.hosts record`.
+
+They stand in tests/data/hosts as HOST.CPU.json, each with how it was made. What KVM offers depends on the emulated
+CPU, so none is what a real CPU of that name has. kvmneg/data/recorded-host.json, which `make run` shows where there
+is no KVM, is made by `record amd-6.1 --cpu EPYC-Milan --name recorded-milan --to kvmneg/data/recorded-host.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import bochs, machine, project, start
+from .catalogue import Host
+from .errors import HostError
+from .job import Job, Result
+
+FOLDER = project.ROOT / "tests/data/hosts"
+COMMAND = ("python3", "-m", "kvmneg.cli", "host", "--json")
+SECONDS = 300.0
+
+
+def path(host: Host) -> Path:
+    """Where a host's report stands."""
+    return FOLDER / f"{host.name}.{host.cpu}.json"
+
+
+def record(host: Host, name: str = "") -> dict[str, Any]:
+    """The report of the host, as kvmneg makes it there, with how it was made; `name` is the host's in it.
+
+    Raises HostError.
+    """
+    result = _run(host, Job(COMMAND, project.files(host.architecture), project.ENVIRONMENT, SECONDS))
+    if result.status:
+        raise HostError("job", f"kvmneg host: {result.stderr.decode('utf-8', 'replace').strip()}")
+    report: dict[str, Any] = json.loads(result.stdout)
+    by = f"{report['measured']['by']}, inside {_emulator(host)}; not a CPU of that name"
+    report["measured"] |= {"by": by, "host": name or host.name, "source": "recorded"}
+    return report
+
+
+def write(host: Host, target: Path | None = None, name: str = "") -> Path:
+    """Record a host and put the report in its place, or another."""
+    report = record(host, name)
+    target = target or path(host)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return target
+
+
+def _run(host: Host, job: Job) -> Result:
+    if host.emulator == "bochs":
+        return bochs.run(host, job)
+    with start.restored(start.Built(host)) as found:
+        return found.run(job)
+
+
+def _emulator(host: Host) -> str:
+    if host.emulator == "bochs":
+        return f"{bochs.version()} (cpu: model={host.cpu})"
+    return f"{machine.emulator_name(host).partition(' (')[0]} (-accel tcg -cpu {machine.cpu(host)})"
