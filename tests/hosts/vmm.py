@@ -17,6 +17,7 @@ _FIRMWARE = (
 )
 _WRAPPER = """\
 #!/bin/sh
+export QEMU_MODULE_DIR=/job/qemu
 exec /job/qemu/{linker} --inhibit-cache --library-path /job/qemu /job/qemu/qemu -L /job/qemu "$@"
 """
 
@@ -37,6 +38,8 @@ def qemu(version: str, suite: str) -> dict[str, bytes]:
     libraries = [Path(row[2]) for row in rows if len(row) >= 3 and row[1] == "=>"]
     sources = [*libraries, Path(linker[0]), *(tree.root / name for name in _FIRMWARE)]
     files = {f"qemu/{path.name}": path.read_bytes() for path in sources if path.exists()}
+    accelerators = (tree.root / "usr/lib").glob("*/qemu/accel-*.so")
+    files |= {f"qemu/{path.name}": path.read_bytes() for path in accelerators}
     files["qemu/qemu"] = tree.path(PROGRAM).read_bytes()
     files["bin/qemu-system-x86_64"] = _WRAPPER.format(linker=Path(linker[0]).name).encode()
     return files
