@@ -82,6 +82,8 @@ class Port:
     def receive(self) -> bytes:
         """The next job's archive."""
         line = b""
+        while not select.select([self.fd], [], [], 0.05)[0]:
+            pass  # a short timer, cancelled by the job that comes: see wake_timers()
         while not line.endswith(b"\n"):
             line += self._exactly(1)
         return self._exactly(int(line.split()[1]))
@@ -139,7 +141,8 @@ def wake_timers() -> None:
 
     QEMU saves the physical and the virtual timer of an arm64 CPU, not those of EL2, which a kernel with VHE uses:
     a restored one waits for an event that never comes, and takes every later one to be covered by it. A wall
-    clock that jumps over a timer has it look again (clock_was_set(), kernel/time/hrtimer.c).
+    clock that jumps over a timer has it look again (clock_was_set(), kernel/time/hrtimer.c), and so has the
+    end of the timer that was to come first. Neither is sure: a snapshot is tried before it is used (start.py).
     """
     time.clock_settime(time.CLOCK_REALTIME, time.time() + 2 * YEAR)
 

@@ -134,16 +134,15 @@ class Machine:
             if message[0] == "ready":
                 self.about = json.loads(message[1])
 
-    def run(self, job: Job, listener: Listener | None = None) -> Result:
+    def run(self, job: Job, listener: Listener | None = None, grace: float = 0.0) -> Result:
         """A job from its start to its end; one after the other may run in one host. A host that fails is ended."""
         try:
-            return self._run(job, listener)
+            return self._run(job, listener, job.seconds + (grace or GRACE_SECONDS))
         except HostError:
             self._process.kill()
             raise
 
-    def _run(self, job: Job, listener: Listener | None) -> Result:
-        limit = job.seconds + GRACE_SECONDS
+    def _run(self, job: Job, listener: Listener | None, limit: float) -> Result:
         ends = time.monotonic() + limit
         packed = job.packed(self.boot_id)
         self._send(b"job %d\n" % len(packed) + packed, ends, limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,10 +14,12 @@ from uuid import uuid4
 from . import cache, cpio, kernel, userspace
 from .catalogue import Host
 from .errors import HostError
+from .job import Job
 from .machine import Machine, arguments, emulator_name
 
 POLL_SECONDS = 0.01
 MOVE_SECONDS = 120.0
+ATTEMPTS = 8
 
 
 class Built:
@@ -66,9 +68,15 @@ def restored(built: Built) -> Iterator[Machine]:
     snapshot = cache.made(
         f"snapshot-{built.host.name}-{built.host.cpu}", built.key, lambda path: _save(built, path), 1
     )
+    with _from(built, snapshot) as machine:
+        yield machine
+
+
+@contextmanager
+def _from(built: Built, snapshot: Path) -> Iterator[Machine]:
     incoming = ["-kernel", str(built.kernel.image), "-incoming", f"exec:cat {shlex.quote(str(snapshot))}"]
     with Machine(built.host, incoming) as machine:
-        _wait(machine, "query-status", lambda status: status == "paused", ("inmigrate",), "restore")
+        _wait(machine, "query-status", "paused", ("inmigrate",), "restore")
         machine.qmp("cont")
         machine.about = {
             "release": built.kernel.release,
@@ -79,27 +87,37 @@ def restored(built: Built) -> Iterator[Machine]:
 
 
 def _save(built: Built, path: Path) -> None:
+    """Boot a host and save it, until what is restored lives on, its timers too (see agent.wake_timers())."""
     with booted(built) as machine:
-        machine.qmp("stop")
         machine.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 34})
-        machine.qmp("migrate", uri=f"exec:cat >{shlex.quote(str(path))}")
-        _wait(
-            machine,
-            "query-migrate",
-            lambda status: status == "completed",
-            ("setup", "active", "device"),
-            "snapshot",
-        )
+        for attempt in range(ATTEMPTS):
+            time.sleep(0.05 + 0.23 * attempt)  # at another moment each time
+            machine.qmp("stop")
+            machine.qmp("migrate", uri=f"exec:cat >{shlex.quote(str(path))}")
+            _wait(machine, "query-migrate", "completed", ("setup", "active", "device"), "snapshot")
+            if _lives(built, path):
+                return
+            machine.qmp("cont")
+    raise HostError(
+        "snapshot", f"{built.host.describe()} was saved {ATTEMPTS} times, and its timers never went on"
+    )
 
 
-def _wait(
-    machine: Machine, query: str, done: Callable[[str], bool], meanwhile: tuple[str, ...], step: str
-) -> None:
+def _lives(built: Built, path: Path) -> bool:
+    """Whether a host that is restored from the file sleeps and wakes up again."""
+    try:
+        with _from(built, path) as machine:
+            return machine.run(Job(["sh", "-c", "sleep 0.1; sleep 0.3"], seconds=3), grace=2).status == 0
+    except HostError:
+        return False
+
+
+def _wait(machine: Machine, query: str, done: str, meanwhile: tuple[str, ...], step: str) -> None:
     ends = time.monotonic() + MOVE_SECONDS
     while True:
         answer = machine.qmp(query)
         status = str(answer.get("status", "setup")) if isinstance(answer, dict) else ""
-        if done(status):
+        if status == done:
             return
         if status not in meanwhile or time.monotonic() > ends:
             raise HostError(step, f"{query} says {answer}", machine.console())
