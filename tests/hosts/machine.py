@@ -175,7 +175,10 @@ class Machine:
                 continue
             if not select.select([self._port], [], [], max(0.0, ends - time.monotonic()))[0]:
                 raise HostError(step, f"no answer within {limit:g} s", self.console())
-            data = self._port.recv(1 << 20)
+            try:
+                data = self._port.recv(1 << 20)
+            except ConnectionResetError:  # it was killed with something left to read
+                data = b""
             if not data:
                 self._process.wait(10)
                 raise HostError(step, f"the host ended ({self._process.returncode})", self.console())
