@@ -20,7 +20,7 @@ test: setup-test build $(VENV)/.test  ## all tests, linters included, in two emu
 	@$(BIN)/python -m tests.hosts build arm64-6.12 amd-6.12 || echo "the tests that need those hosts are skipped" >&2
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
-test-hosts: setup-hosts build $(VENV)/.test  ## the tests that run in emulated hosts, in all of them: half an hour, 1 GB fetched
+test-hosts: setup-hosts build $(VENV)/.test  ## the tests that run in emulated hosts, in all of them
 	@$(BIN)/pytest -o faulthandler_timeout=1200 -m hosts --hosts=all tests $(PYTEST_ARGS)
 
 test-long: setup-test build $(VENV)/.test  ## kills, soaks and properties with many more examples

@@ -16,9 +16,8 @@ case ${1:-} in
         packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user scdoc mandoc shellcheck procps g++ gpg gpg-agent gpgv apt-utils)
         # the hosts of tests/hosts, of either architecture
         packages+=(qemu-system-arm qemu-system-x86)
-        ;;&
-    hosts) packages+=(bochs bochs-term isolinux xorriso) ;;
-    run | test) ;;
+        ;;
+    run) ;;
     *) echo "usage: $0 run|test|hosts" >&2; exit 2 ;;
 esac
 
