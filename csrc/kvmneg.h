@@ -149,6 +149,33 @@ int kvmneg_get_hyperv_cpuid(int kvm_fd, int vcpu_fd, uint32_t hint, struct kvmne
  * A listed MSR that KVM refuses to read is marked, not an error. Release with kvmneg_free(). */
 int kvmneg_get_feature_msrs(int kvm_fd, uint32_t hint, struct kvmneg_msrs **ret_msrs, struct kvmneg_trace *trace);
 
+/* Indices of MSRs; laid out as struct kvm_msr_list. */
+struct kvmneg_indices {
+        uint32_t count;
+        uint32_t entries[];
+};
+
+/* The MSRs that are part of a vCPU's state, those that a VMM has to carry over: KVM_GET_MSR_INDEX_LIST (api.rst 4.3)
+ * on /dev/kvm. `hint` as everywhere. Release with kvmneg_free(). */
+int kvmneg_get_state_msrs(int kvm_fd, uint32_t hint, struct kvmneg_indices **ret_indices, struct kvmneg_trace *trace);
+
+/* What a vCPU's machine checks can do, without the number of banks: KVM_X86_GET_MCE_CAP_SUPPORTED (api.rst 4.104) on
+ * /dev/kvm. Bits as in MSR 0x179 (MCG_CAP). */
+int kvmneg_get_mce_cap(int kvm_fd, uint64_t *ret_capabilities, struct kvmneg_trace *trace);
+
+/* TSC rates in kHz. */
+struct kvmneg_tsc {
+        uint32_t khz;     /* of a vCPU that was given none: the host's own */
+        uint32_t max_khz; /* the highest that KVM can scale to; 0 where it does not scale */
+};
+
+/*
+ * KVM_GET_TSC_KHZ (api.rst 4.56) on a vCPU that never ran and, with `scales`, what KVM_SET_TSC_KHZ (4.55) takes: the
+ * vCPU has its first rate again afterwards. Say `scales` where KVM_CAP_TSC_CONTROL is there, and only there: a KVM
+ * without it takes any higher rate as well, and lets the guest's clock jump to keep up.
+ */
+int kvmneg_get_tsc(int vcpu_fd, int scales, struct kvmneg_tsc *ret_tsc, struct kvmneg_trace *trace);
+
 /*
  * Whether KVM keeps what a guest is to see: gives a vCPU a table, and reads back what it would show a guest. For a
  * vCPU that never ran and never will: until it runs, each call may give it another table. What KVM keeps by itself
@@ -156,11 +183,14 @@ int kvmneg_get_feature_msrs(int kvm_fd, uint32_t hint, struct kvmneg_msrs **ret_
  *   cpuid  KVM_SET_CPUID2 and KVM_GET_CPUID2; fails as a whole with the errno of the ioctl that the trace names
  *   msrs   KVM_SET_MSRS (api.rst 4.19) and KVM_GET_MSRS (4.18), in the order given; an MSR that KVM refuses is
  *          marked, not an error. What `msrs` says of refusals is not looked at.
+ *   mce    KVM_X86_SETUP_MCE (api.rst 4.105) and KVM_GET_MSRS: MSR 0x179 with its number of banks
  */
 int kvmneg_try_cpuid(int vcpu_fd, const struct kvmneg_cpuid *cpuid, struct kvmneg_cpuid **ret_shown,
                      struct kvmneg_trace *trace);
 int kvmneg_try_msrs(int vcpu_fd, const struct kvmneg_msrs *msrs, struct kvmneg_msrs **ret_shown,
                     struct kvmneg_trace *trace);
+
+int kvmneg_try_mce(int vcpu_fd, uint64_t capabilities, uint64_t *ret_shown, struct kvmneg_trace *trace);
 
 /* XSAVE components a guest can be given: KVM_X86_XCOMP_GUEST_SUPP by KVM_GET_DEVICE_ATTR on /dev/kvm (api.rst 4.80),
  * from Linux 5.17; -EINVAL, -ENOTTY or -ENXIO before. Bits as in XCR0. */
@@ -181,11 +211,17 @@ struct kvmneg_probe {
         struct kvmneg_cpuid *emulated;
         struct kvmneg_cpuid *hyperv;
         struct kvmneg_msrs *feature_msrs;
+        struct kvmneg_indices *state_msrs;
         uint64_t xcomp_guest_supp;
+        uint64_t mce_cap;
+        struct kvmneg_tsc tsc;
         int32_t emulated_error; /* 0 or a negative errno */
         int32_t hyperv_error;
         int32_t feature_msrs_error;
         int32_t xcomp_error;
+        int32_t state_msrs_error;
+        int32_t mce_error;
+        int32_t tsc_error; /* -EIO too: the host's TSC is not stable */
 };
 
 /* `vm_fd` and `vcpu_fd` may be -1. Release with kvmneg_probe_free(). */

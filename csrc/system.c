@@ -35,6 +35,11 @@ static const struct {
         NAME(KVM_SET_CPUID2),
         NAME(KVM_GET_CPUID2),
         NAME(KVM_GET_DEVICE_ATTR),
+        NAME(KVM_GET_MSR_INDEX_LIST),
+        NAME(KVM_X86_GET_MCE_CAP_SUPPORTED),
+        NAME(KVM_X86_SETUP_MCE),
+        NAME(KVM_GET_TSC_KHZ),
+        NAME(KVM_SET_TSC_KHZ),
 #elif defined(__aarch64__)
         NAME(KVM_ARM_PREFERRED_TARGET),
         NAME(KVM_ARM_VCPU_INIT),

@@ -23,6 +23,8 @@
 #define CAPABILITIES 256
 #define ENTRIES 128
 #define MSRS 64
+#define STATE_MSRS 256
+#define TSC_KHZ_LIMIT 0x7fffffff
 
 #if !defined(__x86_64__)
 #error "the measurement that this is compared with is x86's"
@@ -40,6 +42,10 @@ static struct {
         struct kvm_msrs head;
         struct kvm_msr_entry entries[MSRS];
 } msrs;
+static struct {
+        struct kvm_msr_list head;
+        uint32_t indices[STATE_MSRS];
+} state;
 static int capabilities[2][CAPABILITIES];
 
 static void die(const char *what) {
@@ -51,6 +57,21 @@ static void die(const char *what) {
 static int cpuid(int fd, unsigned long request, void *table) {
         ((struct kvm_cpuid2 *) table)->nent = ENTRIES;
         return ioctl(fd, request, table);
+}
+
+/* The host's rate, and the highest that KVM scales to. */
+static void tsc(int vcpu, int scales) {
+        int taken = ioctl(vcpu, KVM_GET_TSC_KHZ, 0), own = taken;
+
+        if (taken <= 0 || !scales)
+                return;
+        for (int refused = TSC_KHZ_LIMIT, khz = refused - 1; refused - taken > 1; khz = taken + (refused - taken) / 2) {
+                if (ioctl(vcpu, KVM_SET_TSC_KHZ, khz) >= 0)
+                        taken = khz;
+                else
+                        refused = khz;
+        }
+        ioctl(vcpu, KVM_SET_TSC_KHZ, own);
 }
 
 static void round_once(int kvm, int vm, int vcpu) {
@@ -80,6 +101,11 @@ static void round_once(int kvm, int vm, int vcpu) {
                 done += (uint32_t) read + ((uint32_t) read < msrs.head.nmsrs); /* one that is refused is skipped */
         }
         ioctl(kvm, KVM_GET_DEVICE_ATTR, &attribute);
+        state.head.nmsrs = STATE_MSRS;
+        if (ioctl(kvm, KVM_GET_MSR_INDEX_LIST, &state) < 0)
+                die("KVM_GET_MSR_INDEX_LIST");
+        ioctl(kvm, KVM_X86_GET_MCE_CAP_SUPPORTED, &components);
+        tsc(vcpu, capabilities[0][KVM_CAP_TSC_CONTROL] > 0);
 }
 
 static int ascending(const void *a, const void *b) {

@@ -34,7 +34,7 @@ def network() -> dict[str, int]:
 
 def kvm() -> dict[str, int]:
     """Every KVM ioctl that csrc/ makes on any architecture, name → number."""
-    from ctypes import c_int
+    from ctypes import c_int, c_uint64
 
     from ioctl_opt import IO, IOR, IOW, IOWR
 
@@ -52,11 +52,16 @@ def kvm() -> dict[str, int]:
         # x86
         "KVM_GET_SUPPORTED_CPUID": IOWR(_KVMIO, 0x05, layouts["kvm_cpuid2"]),
         "KVM_GET_EMULATED_CPUID": IOWR(_KVMIO, 0x09, layouts["kvm_cpuid2"]),
+        "KVM_GET_MSR_INDEX_LIST": IOWR(_KVMIO, 0x02, layouts["kvm_msr_list"]),
         "KVM_GET_MSR_FEATURE_INDEX_LIST": IOWR(_KVMIO, 0x0A, layouts["kvm_msr_list"]),
         "KVM_GET_MSRS": IOWR(_KVMIO, 0x88, layouts["kvm_msrs"]),
         "KVM_SET_MSRS": IOW(_KVMIO, 0x89, layouts["kvm_msrs"]),
         "KVM_SET_CPUID2": IOW(_KVMIO, 0x90, layouts["kvm_cpuid2"]),
         "KVM_GET_CPUID2": IOWR(_KVMIO, 0x91, layouts["kvm_cpuid2"]),
+        "KVM_X86_SETUP_MCE": IOW(_KVMIO, 0x9C, c_uint64),
+        "KVM_X86_GET_MCE_CAP_SUPPORTED": IOR(_KVMIO, 0x9D, c_uint64),
+        "KVM_SET_TSC_KHZ": IO(_KVMIO, 0xA2),
+        "KVM_GET_TSC_KHZ": IO(_KVMIO, 0xA3),
         "KVM_GET_SUPPORTED_HV_CPUID": IOWR(_KVMIO, 0xC1, layouts["kvm_cpuid2"]),
         # arm64
         "KVM_GET_ONE_REG": IOW(_KVMIO, 0xAB, layouts["kvm_one_reg"]),

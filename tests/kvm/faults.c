@@ -26,6 +26,8 @@
 #define MSRS 300 /* more than one KVM_GET_MSRS takes */
 #define REFUSED_MSR 7
 #define UNSET_MSR 260 /* in the second batch */
+#define FAKE_KHZ 2600000
+#define FAKE_LIMIT_KHZ 5000000
 #define REGISTERS 1500 /* more than the library's first guess */
 
 /* -- the fault to make, and what was counted -------------------------------------------------------------- */
@@ -131,18 +133,44 @@ static int fake_msr_list(struct kvm_msr_list *list) {
         return 0;
 }
 
+static uint64_t mcg_cap;
+
 static int fake_msrs(struct kvm_msrs *msrs) {
         unsigned i;
 
         if (msrs->nmsrs >= 256) /* MAX_IO_MSRS */
                 return fail(E2BIG);
+        if (msrs->nmsrs == 1 && msrs->entries[0].index == 0x179) {
+                msrs->entries[0].data = mcg_cap | 32;
+                return kind == LIE ? 0 : 1;
+        }
         for (i = 0; i < msrs->nmsrs && msrs->entries[i].index != 1000 + REFUSED_MSR; i++)
                 msrs->entries[i].data = msrs->entries[i].index * UINT64_C(0x100000000);
         return (int) i;
 }
 
+static unsigned khz = FAKE_KHZ;
+static unsigned long limit_khz = 0x7fffffff; /* the first rate that is refused */
+
+static int fake_set_tsc(unsigned long rate) {
+        if (rate == 0 || (rate >= limit_khz && kind != LIE))
+                return fail(EINVAL);
+        khz = (unsigned) rate;
+        return 0;
+}
+
 static int fake_architecture(int fd, unsigned long request, void *argument) {
         switch (request) {
+        case KVM_GET_TSC_KHZ:
+                return (int) khz;
+        case KVM_SET_TSC_KHZ:
+                return fake_set_tsc((unsigned long) argument);
+        case KVM_X86_GET_MCE_CAP_SUPPORTED:
+                *(uint64_t *) argument = 0x1000100;
+                return 0;
+        case KVM_X86_SETUP_MCE:
+                mcg_cap = *(uint64_t *) argument;
+                return 0;
         case KVM_GET_SUPPORTED_HV_CPUID:
                 if (hyperv_on_vcpu_only && fd != 99)
                         return fail(EINVAL);
@@ -151,6 +179,7 @@ static int fake_architecture(int fd, unsigned long request, void *argument) {
         case KVM_GET_EMULATED_CPUID:
                 return fake_cpuid(argument);
         case KVM_GET_MSR_FEATURE_INDEX_LIST:
+        case KVM_GET_MSR_INDEX_LIST:
                 return fake_msr_list(argument);
         case KVM_GET_MSRS:
                 return fake_msrs(argument);
@@ -464,6 +493,57 @@ static int run_one(bool *ret_touched, struct kvmneg_trace *trace) {
         return r == 0 && components != 0xe7 ? -EILSEQ : r;
 }
 
+static int run_state_msrs(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct kvmneg_indices *indices = UNTOUCHED;
+        int r = kvmneg_get_state_msrs(3, 1, &indices, trace);
+
+        *ret_touched = indices != UNTOUCHED;
+        if (r < 0)
+                return r;
+        r = indices->count == MSRS && indices->entries[MSRS - 1] == 1000 + MSRS - 1 ? 0 : -EILSEQ;
+        kvmneg_free(indices);
+        return r;
+}
+
+static int run_mce(bool *ret_touched, struct kvmneg_trace *trace) {
+        uint64_t capabilities = 77;
+        int r = kvmneg_get_mce_cap(3, &capabilities, trace);
+
+        *ret_touched = capabilities != 77;
+        return r == 0 && capabilities != 0x1000100 ? -EILSEQ : r;
+}
+
+/* A single step that fails by EINVAL is an answer: then only the last rate, the first one again, is known. */
+static int run_tsc(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct kvmneg_tsc tsc = { 77, 77 };
+        int r;
+
+        limit_khz = FAKE_LIMIT_KHZ;
+        r = kvmneg_get_tsc(99, 1, &tsc, trace);
+        limit_khz = 0x7fffffff;
+        *ret_touched = tsc.khz != 77 || tsc.max_khz != 77;
+        if (r == 0 && (tsc.khz != FAKE_KHZ || khz != FAKE_KHZ))
+                return -EILSEQ;
+        return r == 0 && kind == NONE && tsc.max_khz != FAKE_LIMIT_KHZ - 1 ? -EILSEQ : r;
+}
+
+static int run_no_scaling(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct kvmneg_tsc tsc = { 77, 77 };
+        int r;
+
+        r = kvmneg_get_tsc(99, 0, &tsc, trace);
+        *ret_touched = tsc.khz != 77 || tsc.max_khz != 77;
+        return r == 0 && (tsc.khz != FAKE_KHZ || tsc.max_khz != 0) ? -EILSEQ : r;
+}
+
+static int run_try_mce(bool *ret_touched, struct kvmneg_trace *trace) {
+        uint64_t shown = 77;
+        int r = kvmneg_try_mce(99, 0x1000100, &shown, trace);
+
+        *ret_touched = shown != 77;
+        return r == 0 && shown != 0x1000120 ? -EILSEQ : r;
+}
+
 static int run_try_cpuid(bool *ret_touched, struct kvmneg_trace *trace) {
         struct {
                 struct kvmneg_cpuid head;
@@ -596,6 +676,9 @@ static const struct {
 #if defined(__x86_64__)
         { "supported", run_supported }, { "hyperv", run_hyperv },
         { "try_cpuid", run_try_cpuid }, { "try_msrs", run_try_msrs },
+        { "state_msrs", run_state_msrs }, { "mce", run_mce },
+        { "tsc", run_tsc },             { "no_scaling", run_no_scaling },
+        { "try_mce", run_try_mce },
 #elif defined(__aarch64__)
         { "apply", run_apply },         { "dropped", run_dropped },
 #endif
@@ -620,7 +703,9 @@ static int run(size_t scenario) {
         const char *failed;
 
         ioctls = callocs = outstanding = 0;
-#if defined(__aarch64__)
+#if defined(__x86_64__)
+        khz = FAKE_KHZ;
+#elif defined(__aarch64__)
         reset_fake();
 #endif
         r = scenarios[scenario].run(&touched, &trace);
