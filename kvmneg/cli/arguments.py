@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 
+from kvmneg import limits
 from kvmneg.cli import COMMANDS, SOCKET, command_module
 from kvmneg.errors import UsageError
 
@@ -105,7 +106,7 @@ def _names(text: str) -> list[str]:
 
 
 def add_request(parser: Parser) -> None:
-    """The flags of a request: --max, --level, --require, --optional, --exact, --vmm."""
+    """The flags of a request: --max, --level, --require, --optional, --exact, --tsc-khz, --vmm."""
     group = parser.add_argument_group("what is asked for", "x86-64-v1 if nothing is said")
     group.add_argument("--max", action="store_true", help="everything that host and fence allow")
     group.add_argument("--level", metavar="NAME", help="a psABI level and what a guest boots with: x86-64-v2")
@@ -131,6 +132,12 @@ def add_request(parser: Parser) -> None:
     group.add_argument(
         "--require-enforced", action="store_true", help="no, unless KVM was seen to keep to every word"
     )
+    group.add_argument(
+        "--tsc-khz",
+        metavar="KHZ",
+        type=number(1, limits.TSC_KHZ),
+        help="pin the TSC to this rate: only then can a guest have invtsc",
+    )
     add_vmm(parser)
 
 
@@ -143,7 +150,7 @@ def add_vmm(parser: Parser) -> None:
 
 def has_request(arguments: argparse.Namespace) -> bool:
     """Whether any of a request's flags was given."""
-    given = (arguments.max, arguments.level, arguments.require, arguments.optional)
+    given = (arguments.max, arguments.level, arguments.require, arguments.optional, arguments.tsc_khz)
     return any(given) or arguments.exact is not None
 
 
@@ -159,4 +166,5 @@ def request_of(arguments: argparse.Namespace) -> Request:
         exact=None if arguments.exact is None else tuple(arguments.exact),
         vmm=arguments.vmm,
         require_enforced=arguments.require_enforced,
+        tsc_khz=arguments.tsc_khz,
     )

@@ -135,24 +135,33 @@ def _levels(screen: Screen, report: Report) -> None:
 
 
 def _offered(screen: Screen, report: Report) -> None:
-    from kvmneg.features import catalog
+    from kvmneg.features import catalog, rules
+    from kvmneg.features.difference import show as show_value
     from kvmneg.policy import reasons
 
     table = catalog.names(report.architecture)
     found: dict[str, list[str]] = {group: [] for group, _ in _GROUPS}
     numbers: list[str] = []
+    carried = 0  # classes of state: too many to name here, and nothing that anybody asks for
     for word, value in sorted_words(report):
         # an or-feature is told to guests as a warning, not offered
-        shown = reasons.shown(report.architecture, word, value)
-        found[_group(word)] += [feature.name for feature in shown if feature.rule != "or"]
+        shown = [f.name for f in reasons.shown(report.architecture, word, value) if f.rule != "or"]
+        if word.startswith("state:"):
+            carried += len(shown)
+        elif shown:
+            found[_group(word)] += shown
         for feature in table.at(word, value):
             if feature.name in ("phys-bits", "linear-bits", "guest-phys-bits", "cap-max-vcpus"):
                 numbers.append(f"{feature.name} {value >> feature.shift & (1 << feature.width) - 1}")
+            elif feature.rule == rules.INTERVAL:
+                numbers.append(f"TSC {show_value(word, value)}")
     total = sum(map(len, found.values()))
     screen.head(f"offers {count(total, 'feature')}")
     for group, names in found.items():
         if names:
             screen.words(group, names)
+    if carried:
+        numbers.append(f"{carried} kinds of portable state")
     if numbers:
         screen.words("numbers", ", ".join(numbers).split(" "))
 

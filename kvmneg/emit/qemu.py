@@ -16,6 +16,7 @@ from kvmneg.errors import Blocked, UsageError
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
 from kvmneg.features.difference import Blocker
+from kvmneg.policy import rates
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _DERIVED = (
 )
 _LA57 = 1 << 16
 # What is no CPU property: QEMU asks KVM for capabilities, and for machine-check banks, itself.
-_OUTSIDE = ("kvm:", "tap:", "vhost-net:", "msr:0x179")
+_OUTSIDE = ("kvm:", "tap:", "vhost-net:", "state:", "tsc:", "msr:0x179")
 # QEMU takes PDCM away in silence unless it gives the guest a PMU of its own choice (target/i386/cpu.c, leaf 1).
 _DROPPED = {"pdcm": "without a PMU QEMU takes it away, and its PMU is all of KVM's or none"}
 
@@ -124,6 +125,8 @@ def emit(
     properties, left_out = _properties(values, known)
     if host is not None:
         _refuse_absent(properties, values, host)
+    if khz := rates.pinned(contract.granted):  # without it QEMU takes this host's rate, and blocks migration
+        properties["tsc-frequency"] = str(khz * 1000)
     cpu = ",".join(
         ["base", *_identity(values), *(f"{name}={value}" for name, value in properties.items()), "enforce=on"]
     )

@@ -114,9 +114,12 @@ _WIRE = ("feature", "word", "bit", "wantedBy", "missingOn", "cause", "because")
 
 
 def show(word: str, value: int) -> str:
-    """A value for people: the four letters of a vendor word, hexadecimal else."""
+    """A value for people: the four letters of a vendor word, the rates of tsc:khz, hexadecimal else."""
     if word.startswith(("cpuid:0x0.0.e", "cpuid:0x80000000.0.e")):
         text = value.to_bytes(4, "little")
         if all(0x20 <= byte < 0x7F for byte in text):
             return repr(text.decode())
+    if word == "tsc:khz":
+        low, high = value & 0xFFFF_FFFF, value >> 32
+        return "no rate" if not value else f"{low} kHz" if low == high else f"{low} to {high} kHz"
     return f"{value:#x}"

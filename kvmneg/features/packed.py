@@ -74,10 +74,12 @@ def _orders(rule: str, width: int) -> tuple[_Order, ...]:
         return (_Order(width, *simple[rule]),)
     if rule == rules.LOWEST:  # 9 bits of family, 8 of model, the signature
         return (_Order(49, _signature_rank, lambda rank: rank & _LOW),)
-    if rule == rules.VERSION_RANGE:  # the highest of the lowest versions, the lowest of the highest
+    if rule in (rules.VERSION_RANGE, rules.INTERVAL):  # the highest of the lowest, the lowest of the highest
+        half = width // 2
+        low = (1 << half) - 1
         return (
-            _Order(8, lambda value: ~value & 0xFF, lambda rank: ~rank & 0xFF),
-            _Order(8, lambda value: value >> 8, lambda rank: rank << 8),
+            _Order(half, lambda value: ~value & low, lambda rank: ~rank & low),
+            _Order(half, lambda value: value >> half, lambda rank: rank << half),
         )
     raise ValueError(f"no order of rule {rule}")
 

@@ -25,6 +25,7 @@ EQUAL = "equal"
 EQUAL_OR_DROP = "equal-or-drop"
 LOWEST = "lowest"
 VERSION_RANGE = "version-range"
+INTERVAL = "interval"
 VMX_CONTROLS = "vmx-controls"
 SIGNED_MINIMUM = "signed-minimum"
 HIGHEST = "highest"
@@ -41,7 +42,7 @@ REPORTED = "reported"
 BITWISE = frozenset((AND, OR, HINT))
 # A value of these holds two limits and can contradict itself: meeting it with itself then gives the bottom.
 # So can a signed field below -1: that is less than "not there", and becomes it.
-RANGES = frozenset((VERSION_RANGE, VMX_CONTROLS, SIGNED_MINIMUM))
+RANGES = frozenset((VERSION_RANGE, INTERVAL, VMX_CONTROLS, SIGNED_MINIMUM))
 # Equal everywhere, or the safe value, which is the bottom.
 EQUAL_OR_SAFE = frozenset((EQUAL_OR_DROP, EQUAL_OR_ONE, EQUAL_OR_TWO, MATCH))
 # Never merged: recomputed, the VMM's, the guest's own doing, a constant, or only for the record.
@@ -151,6 +152,18 @@ def _version_range_fits(guest: int, host: int) -> bool:
     return _version_range(guest, host) == guest
 
 
+def _interval(a: int, b: int) -> int:
+    """Two intervals, low half the lowest value, high half the highest: their intersection, empty is 0."""
+    if not (a and b):
+        return 0
+    low, high = max(a & _LOW, b & _LOW), min(a >> 32, b >> 32)
+    return high << 32 | low if low <= high else 0
+
+
+def _interval_fits(guest: int, host: int) -> bool:
+    return _interval(guest, host) == guest
+
+
 def _vmx_controls(a: int, b: int) -> int:
     """Two VMX capability MSRs: must-be-1 halves joined, may-be-1 halves met; what clashes has no baseline."""
     if not (a and b):
@@ -199,6 +212,12 @@ RULES: dict[str, Rule] = {
     ),
     LOWEST: Rule("the lowest CPU signature of the pool; never blocks", _lowest, lambda g, h: True, _zero),
     VERSION_RANGE: Rule("the versions every host has", _version_range, _version_range_fits, _zero),
+    INTERVAL: Rule(
+        "what every host can be set to; hosts with nothing in common have none",
+        _interval,
+        _interval_fits,
+        _zero,
+    ),
     VMX_CONTROLS: Rule(
         "must-be-1 joined, may-be-1 met; a clash has no baseline", _vmx_controls, _vmx_controls_fit, _zero
     ),

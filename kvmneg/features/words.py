@@ -8,6 +8,10 @@ A word is one register value as KVM addresses it:
     msr:0x10a                  a feature MSR: 64 bits (KVM_GET_MSR_FEATURE_INDEX_LIST)
     kvm:exit-hypercall         what KVM_CHECK_EXTENSION(KVM_CAP_EXIT_HYPERCALL) answers: 32 bits
     tap:features, vhost-net:features   masks of /dev/net/tun and /dev/vhost-net: 64 bits
+    tsc:khz                    the TSC rates a guest can be given in kHz, the lowest in the low half, the
+                               highest in the high half (KVM_GET_TSC_KHZ, KVM_SET_TSC_KHZ): 64 bits
+    state:msrs                 state that can be carried over to another host, a bit for each class:
+                               MSRs of KVM_GET_MSR_INDEX_LIST, what vCPU ioctls read and write: 64 bits
     arm64:0x6030000000160000   a KVM_GET_ONE_REG id: 64 bits
     arm:vcpu-features          what KVM_ARM_VCPU_INIT, the vGIC and the SMCCC filter take: 64 bits
 
@@ -24,16 +28,8 @@ ARM64 = "arm64"
 ARCHITECTURES = (X86_64, ARM64)
 
 REGISTERS = ("eax", "ebx", "ecx", "edx")
-_WIDTHS = {
-    "cpuid": 32,
-    "hyperv": 32,
-    "kvm": 32,
-    "msr": 64,
-    "tap": 64,
-    "vhost-net": 64,
-    "arm64": 64,
-    "arm": 64,
-}
+_WIDTHS = dict.fromkeys(("cpuid", "hyperv", "kvm"), 32)
+_WIDTHS |= dict.fromkeys(("msr", "tap", "vhost-net", "tsc", "state", "arm64", "arm"), 64)
 KINDS = tuple(_WIDTHS)
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 _NAME_CHARACTERS = 40  # what the binary contract has room for, kind included

@@ -41,6 +41,8 @@ _KVMS_OWN = {
 }
 
 
+_MCG_CAP = "msr:0x179"
+
 # One word: its address, the bits that are compared, and those that stay when all features are taken away.
 _Register = tuple[str, int, int]
 _ZERO = (0, 0, 0, 0)
@@ -86,6 +88,8 @@ def grades(kvm: Kvm, scratch: Scratch, probe: Probe, offer: Mapping[str, int]) -
     try:
         offered = trial.cpuid([_offered(entry, offer) for entry in probe.supported], [])
         trial.msrs(probe.feature_msrs)
+        if probe.mce_cap is not None:
+            trial.mce(offer[_MCG_CAP])
         trial.cpuid([_lowered(entry) for entry in offered], offered)
         trial.cpuid([_with(entry, _ZERO) for entry in offered], offered)
     except KvmFault:
@@ -191,6 +195,17 @@ class _Trial:
         self._msrs(rows, exact)
         lowered = {index: _lowered_msr(rows[index], value) for index, value in exact.items()}
         self._msrs(rows, {index: value for index, value in lowered.items() if value != exact[index]})
+
+    def mce(self, value: int) -> None:
+        """Try the machine checks, which have an ioctl of their own, then without their bits."""
+        row = _register(_MCG_CAP)
+        for given in (value, value & row[2]):
+            shown = self._kvm.try_mce(self._scratch, given)
+            if shown is None:
+                self.found.setdefault(_MCG_CAP, REFUSED)
+            elif (shown ^ given) & row[1]:
+                self.found.setdefault(_MCG_CAP, REPLACED)
+        self.tried.add(_MCG_CAP)
 
     def _msrs(self, rows: Mapping[int, _Register], values: Mapping[int, int]) -> None:
         for index, shown in self._kvm.try_msrs(self._scratch, values).items():

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 from functools import partial
 from itertools import starmap
-from struct import Struct
+from operator import itemgetter
+from struct import Struct, unpack
 from typing import NamedTuple
 
 from kvmneg._libkvmneg import ffi, lib
@@ -30,6 +31,8 @@ _ENTRY = Struct("=7I12x")  # struct kvmneg_cpuid_entry
 _MSR = Struct("=IIQ")  # struct kvmneg_msr
 _CAPABILITIES = Struct(f"={lib.KVMNEG_CAPABILITIES}i")
 _CAPABILITY_NAMES = tuple(map(capability_name, range(lib.KVMNEG_CAPABILITIES)))
+# a measurement asks for the same names each time
+_chosen: dict[tuple[str, ...], itemgetter[tuple[int, ...]]] = {}
 _CAPABILITY_NUMBERS = {name: number for number, name in enumerate(_CAPABILITY_NAMES)}
 
 
@@ -57,6 +60,13 @@ class MsrShown(NamedTuple):
     unset: bool  # KVM refused the value it was given
 
 
+class Tsc(NamedTuple):
+    """TSC rates in kHz: the host's own, and the highest that KVM scales to, 0 where it does not scale."""
+
+    khz: int
+    max_khz: int
+
+
 class Scratch(NamedTuple):
     """A VM with one vCPU that never runs; descriptors, which Kvm.scratch() owns."""
 
@@ -70,29 +80,47 @@ class Capabilities:
     A measurement asks for a few dozen of 256, so the answers stay as they came until somebody asks.
     """
 
-    __slots__ = ("_system", "_vm")
+    __slots__ = ("_packed", "_vm")
 
     def __init__(self, answers: Any) -> None:
         """Copies a struct kvmneg_capabilities."""
-        self._system = _CAPABILITIES.unpack(ffi.buffer(answers.system))
+        self._packed = ffi.buffer(answers.system)[:]  # asked for where the VM refuses, and by people
         self._vm = _CAPABILITIES.unpack(ffi.buffer(answers.vm))
 
     def get(self, name: str, default: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """The two answers for one name, `default` for a name no kernel has."""
         number = _CAPABILITY_NUMBERS.get(name)
-        return default if number is None else (self._system[number], self._vm[number])
+        return default if number is None else (self._system()[number], self._vm[number])
+
+    def _system(self) -> tuple[int, ...]:
+        return _CAPABILITIES.unpack(self._packed)
+
+    def binding(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        """The answers that count, of two or more names: the VM's, and /dev/kvm's where the VM refuses to answer.
+
+        Negative where both refuse. Raises KeyError for a name no kernel has.
+        """
+        chosen = _chosen.get(names)
+        if chosen is None:
+            chosen = _chosen[names] = itemgetter(*(_CAPABILITY_NUMBERS[name] for name in names))
+        found: tuple[int, ...] = chosen(self._vm)
+        if min(found) < 0:
+            pairs = zip(found, chosen(self._system()), strict=True)
+            found = tuple(vm if vm >= 0 else system for vm, system in pairs)
+        return found
 
     def known(self) -> dict[str, tuple[int, int]]:
         """Those that did not answer 0 twice."""
-        rows = zip(_CAPABILITY_NAMES, self._system, self._vm, strict=True)
+        rows = zip(_CAPABILITY_NAMES, self._system(), self._vm, strict=True)
         return {name: (system, vm) for name, system, vm in rows if system or vm}
 
 
 class Probe(NamedTuple):
     """All that one x86 KVM offers, from one call.
 
-    A part that this KVM does not have is None (xcomp_guest_supp, hyperv, emulated) or empty (feature_msrs),
-    and `missing` has the errno with which it said so.
+    A part that this KVM does not have is None (xcomp_guest_supp, hyperv, emulated, and what has a default) or
+    empty (feature_msrs), and `missing` has the errno with which it said so. `state_msrs` are the indices of
+    KVM_GET_MSR_INDEX_LIST; `mce_cap` is KVM_X86_GET_MCE_CAP_SUPPORTED, as MSR 0x179 without its number of banks.
     """
 
     capabilities: Capabilities
@@ -103,6 +131,9 @@ class Probe(NamedTuple):
     refused_msrs: tuple[int, ...]
     xcomp_guest_supp: int | None
     missing: dict[str, int]
+    state_msrs: tuple[int, ...] | None = None
+    mce_cap: int | None = None
+    tsc: Tsc | None = None
 
 
 def _entries(table: Any) -> list[CpuidEntry]:
@@ -116,6 +147,11 @@ def _msrs(table: Any) -> tuple[dict[int, int], tuple[int, ...]]:
     rows = list(_MSR.iter_unpack(ffi.buffer(table.entries, table.count * _MSR.size)))
     values = {index: value for index, refused, value in rows if not refused}
     return values, tuple(index for index, refused, _ in rows if refused)
+
+
+def _indices(table: Any) -> tuple[int, ...]:
+    """struct kvmneg_indices."""
+    return unpack(f"={table.count}I", ffi.buffer(table.entries, table.count * 4))
 
 
 def raw_cpuid(cpu: int) -> list[CpuidEntry]:
@@ -291,6 +327,17 @@ class Kvm:
         finally:
             lib.kvmneg_free(table[0])
 
+    def try_mce(self, scratch: Scratch, capabilities: int) -> int | None:
+        """MSR 0x179 of a vCPU that is given these machine checks (api.rst 4.105); None where KVM refuses them."""
+        shown = ffi.new("uint64_t *")
+        try:
+            self._call(lib.kvmneg_try_mce, scratch.vcpu, capabilities, shown)
+        except KvmFault as error:
+            if error.fields["ioctl"] == "KVM_X86_SETUP_MCE" and error.fields["errno"] == _EINVAL:
+                return None
+            raise
+        return int(shown[0])
+
     def xcomp_guest_supp(self) -> int:
         """KVM_X86_XCOMP_GUEST_SUPP (api.rst 4.80): XSAVE components a guest may have, bits as in XCR0."""
         components = ffi.new("uint64_t *")
@@ -333,6 +380,9 @@ def _decode(probe: Any) -> Probe:
         "hyperv": -probe.hyperv_error,
         "feature_msrs": -probe.feature_msrs_error,
         "xcomp_guest_supp": -probe.xcomp_error,
+        "state_msrs": -probe.state_msrs_error,
+        "mce_cap": -probe.mce_error,
+        "tsc": -probe.tsc_error,
     }
     return Probe(
         capabilities=Capabilities(probe.capabilities),
@@ -343,4 +393,7 @@ def _decode(probe: Any) -> Probe:
         refused_msrs=msrs[1],
         xcomp_guest_supp=None if probe.xcomp_error else int(probe.xcomp_guest_supp),
         missing={part: error for part, error in missing.items() if error},
+        state_msrs=_indices(probe.state_msrs) if probe.state_msrs else None,
+        mce_cap=None if probe.mce_error else int(probe.mce_cap),
+        tsc=None if probe.tsc_error else Tsc(probe.tsc.khz, probe.tsc.max_khz),
     )

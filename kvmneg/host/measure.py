@@ -90,11 +90,11 @@ class Measurer:
         offline = software.offline(self._roots)
         if offline:
             measured["offline"] = offline  # no guest runs there; when they come online, it is measured again
-        parts = self._x86(plan) if ARCHITECTURE == X86_64 else self._arm64(plan)
+        parts = self._x86(plan, combo) if ARCHITECTURE == X86_64 else self._arm64(plan)
         parts["offer"].update(network.masks(self._roots.dev))
         return Report(ARCHITECTURE, measured=measured, combo=combo, **parts)
 
-    def _x86(self, plan: Plan) -> dict[str, Any]:
+    def _x86(self, plan: Plan, combo: Mapping[str, Any]) -> dict[str, Any]:
         """Each kind of CPU is asked and tried on a CPU of its own: parts of KVM's answer are that CPU's CPUID."""
         from kvmneg.host import enforcement, x86  # their twins are for the other architecture
 
@@ -105,7 +105,8 @@ class Measurer:
                 probes = [kvm.probe(scratch)]
             else:
                 probes = [visit.on(cpu, lambda: kvm.probe(scratch)) for cpu in plan.cpus]
-            offer = x86.met([decoder.offer(probe) for probe in probes])
+            tolerance = x86.tolerance_ppm(combo)
+            offer = x86.met([decoder.offer(probe, tolerance) for probe in probes])
 
             def graded(probe: Probe) -> dict[str, str]:
                 return enforcement.grades(kvm, scratch, probe, offer)

@@ -21,6 +21,7 @@ from kvmneg.features import words
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
 
     from kvmneg.host.kvm import Capabilities, CpuidEntry, Probe
 
@@ -39,6 +40,12 @@ _GIVEN_BY_VMMS = (
 )
 # Fields that say which CPU answered: CPUID leaf 1 EBX[31:16], initial APIC id and logical CPUs.
 _PER_CPU = {"cpuid:0x1.0.ebx": 0x0000_FFFF}
+
+_VMX = 1 << 5  # of CPUID leaf 1 ECX
+_EVERY_32 = (1 << 32) - 1
+# MSR_IA32_MCG_CAP, which is no feature MSR
+_MCG_CAP = "msr:0x179"
+TOLERANCE_PPM = 250  # tsc_tolerance_ppm of Linux arch/x86/kvm/x86.c where nobody set it
 
 _Row = tuple[str, str, str, str]  # the words of EAX, EBX, ECX, EDX; "" for one that is not kept
 
@@ -66,7 +73,10 @@ class _Rows(dict[tuple[int, int], _Row]):
 class Decoder:
     """The catalogue, arranged by what KVM answers. Use `decoder()`: making one is a pass over all words."""
 
-    __slots__ = ("_capabilities", "_cpuid", "_hyperv", "_hyperv_zero", "_zero")
+    __slots__ = (
+        "_capabilities", "_carried", "_cpuid", "_hyperv", "_hyperv_zero", "_names", "_state_capabilities",
+        "_zero",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         known = catalogs.load(ARCHITECTURE).words
@@ -74,7 +84,11 @@ class Decoder:
         self._hyperv = _Rows("hyperv")
         self._zero = {word: 0 for word in known if word.startswith("cpuid:")}
         self._hyperv_zero = {word: 0 for word in known if word.startswith("hyperv:")}
-        self._capabilities = tuple((word, word[4:]) for word in known if word.startswith("kvm:"))
+        self._capabilities = tuple(word for word in known if word.startswith("kvm:"))
+        self._names = tuple(word[4:] for word in self._capabilities)
+        self._state_capabilities = catalogs.load(ARCHITECTURE).state_capabilities
+        # one KVM lists the same at each measurement
+        self._carried: dict[tuple[int, ...], dict[str, int]] = {}
 
     def cpuid(self, entries: Sequence[CpuidEntry]) -> dict[str, int]:
         """cpuid: words of a KVM_GET_SUPPORTED_CPUID table, the paravirtual leaf as based at 0x40000000."""
@@ -90,24 +104,55 @@ class Decoder:
         _fill(found, self._hyperv, entries)
         return found
 
-    def capabilities(self, answers: Capabilities | Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    def capabilities(self, answers: Capabilities | dict[str, tuple[int, int]]) -> dict[str, int]:
         """kvm: words that the catalogue has. The VM's answer binds, /dev/kvm's where the VM refuses."""
-        found = {}
-        for word, name in self._capabilities:
-            system, vm = answers.get(name, (0, 0))
-            answer = vm if vm >= 0 else system
-            if answer >= 0:
-                found[word] = answer
+        if isinstance(answers, dict):
+            both = (answers.get(name, (0, 0)) for name in self._names)
+            binding: Iterable[int] = [vm if vm >= 0 else system for system, vm in both]
+        else:
+            binding = answers.binding(self._names)
+        found = dict(zip(self._capabilities, binding, strict=True))
+        if min(binding) < 0:
+            found = {word: answer for word, answer in found.items() if answer >= 0}
         return found
 
-    def offer(self, probe: Probe) -> dict[str, int]:
-        """All words of one measurement."""
+    def state(self, indices: tuple[int, ...]) -> dict[str, int]:
+        """state: words of KVM_GET_MSR_INDEX_LIST. An MSR that nobody catalogued is a word of its own."""
+        found = self._carried.get(indices)
+        if found is None:
+            classes = catalogs.load(ARCHITECTURE).state_msrs
+            found = dict.fromkeys((word for word, _ in classes.values()), 0)
+            for index in indices:
+                word, bit = classes.get(index) or (f"state:msr-{index:#x}", 1)
+                found[word] = found.get(word, 0) | bit
+            self._carried = {indices: found}
+        return found
+
+    def _add_state(self, found: dict[str, int], probe: Probe) -> None:
+        """What a guest carries, by the capabilities that are in `found` already."""
+        if probe.state_msrs is not None:
+            found.update(self.state(probe.state_msrs))
+        found["state:vcpu"] = 0
+        for word, bit, capability, mask in self._state_capabilities:
+            if found.get(capability, 0) & mask:
+                found[word] |= bit
+        # one size for the format of the module that is loaded; which that is, the guest's CPUID tells
+        vmx = found["cpuid:0x1.0.ecx"] & _VMX
+        found["state:nested"] = found.get("kvm:nested-state", 0) << (0 if vmx else 32)
+
+    def offer(self, probe: Probe, tolerance_ppm: int = TOLERANCE_PPM) -> dict[str, int]:
+        """All words of one measurement; `tolerance_ppm` is the parameter tsc_tolerance_ppm of KVM's module."""
         found = self.cpuid(probe.supported)
         if probe.hyperv is not None:
             found.update(self.hyperv(probe.hyperv))
         for index, value in probe.feature_msrs.items():
             found[_msr_word(index)] = value
         found.update(self.capabilities(probe.capabilities))
+        if probe.mce_cap is not None:
+            found[_MCG_CAP] = probe.mce_cap | found.get("kvm:mce", 0) & 0xFF
+        if probe.tsc is not None:
+            found["tsc:khz"] = tsc_rates(*probe.tsc, tolerance_ppm)
+        self._add_state(found, probe)
         if probe.xcomp_guest_supp is not None:
             # XCR0 bits that arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM) would not give are no offer
             found["cpuid:0xd.0.eax"] &= probe.xcomp_guest_supp
@@ -126,6 +171,27 @@ class Decoder:
             if word in found:
                 found[word] &= mask
         return found
+
+
+def tsc_rates(khz: int, max_khz: int, tolerance_ppm: int) -> int:
+    """The rates in kHz that a guest can be given: the lowest, and above bit 32 the highest; 0 where none is known.
+
+    A host that scales gives every rate from 1 kHz up to `max_khz`. One that does not gives its own, and takes as
+    its own what lies within the tolerance (kvm_set_tsc_khz in arch/x86/kvm/x86.c, and its rounding). Higher rates
+    it takes too, and then moves the guest's clock in jumps: no rate to promise.
+    """
+    if not khz:
+        return 0
+    if max_khz:
+        return max_khz << 32 | 1
+    low, high = (khz * (1_000_000 + ppm) // 1_000_000 for ppm in (-tolerance_ppm, tolerance_ppm))
+    return min(high, _EVERY_32) << 32 | max(low, 1)
+
+
+def tolerance_ppm(combo: Mapping[str, Any]) -> int:
+    """tsc_tolerance_ppm as the combo has it, else the kernel's default (a module whose parameters nobody can read)."""
+    text = combo.get("modules", {}).get("kvm.tsc_tolerance_ppm", "")
+    return int(text) if text.isdecimal() and len(text) < 8 else TOLERANCE_PPM
 
 
 def _fill(found: dict[str, int], rows: _Rows, entries: Iterable[CpuidEntry]) -> None:

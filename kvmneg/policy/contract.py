@@ -18,7 +18,11 @@ whole with the digest field zeroed.
     arm64 register, 24 bytes: u64 id, u64 value, u64 mask, in the order of application
     capability, 64 bytes: name (NUL padded, 40 bytes), u32 action (0 check, 1 enable), reserved 0,
                           u64 value, u64 mask
-    portable state, 24 bytes: u32 kind, u32 rule, u64 id, u64 value
+                          kvm:NAME, tap:NAME, vhost-net:NAME  what KVM and devices have to answer
+                          tsc:khz    the guest's TSC rate in both halves (KVM_SET_TSC_KHZ), 0: it is not pinned
+                          state:NAME what the guest carries and each host has to take, a bit a class: x86's
+                                     portable state. Bits are numbered in kvmneg's catalogue
+    portable state of arm64, 24 bytes: u32 kind, u32 rule, u64 id, u64 value
     initialisation flag, 4 bytes: u32 number of a KVM_ARM_VCPU_* bit
 
 A mask has a one where the contract binds the bit; where it has a zero the bit is the VMM's (topology), the
@@ -65,7 +69,7 @@ _DIGEST_AT = slice(32, 64)
 _SPACES = ("cpuid", "hyperv")
 # arm64 registers that a vCPU has with the feature they are built on only: SVE_VLS, PMCR_EL0, PSCI_VERSION
 _LISTED_WITH = ("arm64:0x606000000015ffff", "arm64:0x603000000013dce0", "arm64:0x6030000000140000")
-_CAPABILITIES = ("kvm:", "tap:", "vhost-net:", "arm:")
+_CAPABILITIES = ("kvm:", "tap:", "vhost-net:", "tsc:", "state:", "arm:")
 
 
 class Contract:

@@ -6,9 +6,10 @@
     cpuid:0x7.0.ebx        0b1101_0001_1001_1111_0000_0111_1010_1011  # avx2 bmi1 bmi2 …
     cpuid:0x80000008.0.eax.phys-bits = 46
 
-One line a word of single bits, all its bits written, and one line a number. A word that is not named is
-hidden, a number that is not named is at its rule's bottom; only a limit that may be absent (guest-phys-bits)
-is then absent. A fence that names no vendor holds for any. The comments are for people; reading ignores them.
+One line a word of single bits, all its bits written, and one line a number; of TSC rates "LOW-HIGH". A word that
+is not named is hidden, a number that is not named is at its rule's bottom; only a limit that may be absent
+(guest-phys-bits) is then absent. A fence that names no vendor holds for any. The comments are for people; reading
+ignores them. State (state:…) whose feature is hidden is left out.
 
 On arm64 lines of `registers ID …` list what every member of the pool has: what a guest may carry (`registers`). Where
 there are none, nothing was said about other kernels than the host's own.
@@ -22,14 +23,16 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits
+from kvmneg.policy import rates
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from kvmneg.features.catalog import Feature, WordRules
 
 _REGISTERS_A_LINE = 5
+_LOW = 0xFFFF_FFFF
 _HEADLINE = "# kvmneg fence: 1 may be granted, 0 is hidden, a word that is not named is hidden"
 
 
@@ -60,11 +63,23 @@ class Fence:
             + sha256("\n".join([self.granted.digest(), *_registers(self.registers)]).encode()).hexdigest()
         )
 
-    def unmet(self, offer: FeatureSet, *, missing_on: str = "this host") -> tuple[Blocker, ...]:
-        """What the fence promises and `offer` does not hold: empty on a host that is not below its fence."""
+    def unmet(
+        self, offer: FeatureSet, *, missing_on: str = "this host", measured: Mapping[str, int] | None = None
+    ) -> tuple[Blocker, ...]:
+        """What the fence promises and `offer` does not hold: empty on a host that is not below its fence.
+
+        `measured` are the raw words that the offer was made of, where they are known: what they say nothing about
+        (kvmneg.policy.rates) breaks no fence.
+        """
         unnamed = set(catalogs.load(offer.architecture).equal_words) - set(self.granted.words)
         found = fits(self.granted, offer, missing_on=missing_on)
-        return tuple(blocker for blocker in found if blocker.word not in unnamed)
+        return tuple(
+            blocker
+            for blocker in found
+            if blocker.word not in unnamed
+            and (blocker.word != rates.WORD or rates.broken(self.granted, offer))
+            and not (measured is not None and rates.unmeasured(blocker.word, measured))
+        )
 
     def text(self) -> str:
         """The canonical text: the same set gives the same bytes."""
@@ -93,6 +108,9 @@ def _lines(rule: WordRules, granted: FeatureSet) -> Iterator[str]:
         yield f"{rule.word:<24} {_binary(rule.word, value & bits)}" + (f"  # {shown}" if shown else "")
     for feature in names.at(rule.word, rule.judged & ~bits):
         number = feature.of(value)
+        if feature.rule == rules.INTERVAL:
+            yield f"{rule.word}.{feature.name} = {number & _LOW}-{number >> 32}"
+            continue
         yield f"{rule.word}.{feature.name} = {number if feature.width <= 16 else format(number, '#x')}"
 
 
@@ -104,6 +122,14 @@ def _registers(registers: tuple[int, ...]) -> Iterator[str]:
 def _binary(word: str, value: int) -> str:
     digits = f"{value:0{words.width(word)}b}"
     return "0b" + "_".join(digits[at : at + 4] for at in range(0, len(digits), 4))
+
+
+def _interval(text: str) -> int:
+    """LOW-HIGH as its lines have it; raises ValueError."""
+    low, dash, high = (part.strip() for part in text.partition("-"))
+    if not (dash and low.isdecimal() and high.isdecimal() and int(low) <= int(high) <= _LOW):
+        raise ValueError(text)
+    return int(high) << 32 | int(low)
 
 
 class _Reader:
@@ -129,7 +155,8 @@ class _Reader:
         named = self._complete()
         granted = FeatureSet.of(self.architecture, named)
         for word, value in named.items():
-            if granted.value(word) != value:
+            # state goes with the features that bring it: who hides a feature need not know what it carries
+            if granted.value(word) != value and not word.startswith("state:"):
                 self._explain(word, value, granted)
         return granted
 
@@ -212,7 +239,7 @@ class _Reader:
             raise self._wrong(f"{words.brief(name)} is no number of the catalogue")
         self._once(name)
         try:
-            number = int(text, 0)
+            number = _interval(text) if feature.rule == rules.INTERVAL else int(text, 0)
         except ValueError:
             raise self._wrong(f"{words.brief(text)} is no number") from None
         if not 0 <= number < 1 << feature.width:

@@ -8,7 +8,7 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits, meet
-from kvmneg.policy import coverage, definitions, grade, reasons
+from kvmneg.policy import coverage, definitions, grade, rates, reasons
 from kvmneg.policy.contract import Contract
 
 TYPE_CHECKING = False
@@ -81,11 +81,12 @@ def unreachable(granted: FeatureSet, report: Report, wanted_by: str) -> list[Blo
 def below(report: Report, fence: Fence) -> tuple[Blocker, ...]:
     """What a fence promises and neither the host offers nor a VMM gives there: empty where it is not breached."""
     where = f"host {report.host}"
-    found = fence.unmet(report.offer, missing_on=where)
+    raw = report.offer_words
+    found = fence.unmet(report.offer, missing_on=where, measured=raw)
     if found:
         from kvmneg.policy import vmm as vmms  # most fences name nothing that only a VMM gives
 
-        found = fence.unmet(vmms.reach(report), missing_on=where)
+        found = fence.unmet(vmms.reach(report), missing_on=where, measured=raw)
     return found
 
 
@@ -113,6 +114,8 @@ def _answer(
     request: Request, report: Report, fence: Fence | None, seen: Through | None, host: Report
 ) -> Answer:
     """`host` is the report as it is judged: through a VMM, or with what is accepted as its offer."""
+    if seen is not None and request.tsc_khz:
+        host = _invariant(host, seen.host)
     top = _bounded(report, fence, host.offer)
     wanted = _Wanted(request, report.architecture)
     granted = _select(wanted, top)
@@ -124,6 +127,8 @@ def _answer(
     blockers += unreachable(granted, report, wanted_by)
     if seen is not None:
         blockers += _refused(granted, seen, wanted_by)
+    if request.tsc_khz and (unpinned := rates.refusal(request.tsc_khz, top, host, fence, "the request")):
+        blockers.append(unpinned)
     if blockers:
         count = f"{len(blockers)} of the required features" if len(blockers) > 1 else blockers[0].feature
         raise Blocked(f"{count} cannot be given on {report.host}", _sorted(blockers))
@@ -162,7 +167,11 @@ def check(contract: Contract, report: Report, vmm: str | None = None) -> tuple[B
     seen = _through(report, vmm)
     there = (seen.report if seen else report).accepting()
     found = fits(contract.granted, there.offer, missing_on=f"host {report.host}")
-    blockers = [reasons.unfit(blocker, there, "the contract", seen) for blocker in found]
+    blockers = [
+        reasons.unfit(blocker, there, "the contract", seen)
+        for blocker in found
+        if not rates.carried_unknown(blocker.word, there.offer_words)
+    ]
     if seen is not None:
         blockers = _sorted([*blockers, *_refused(contract.granted, seen, "the contract")])
     blockers += unreachable(contract.granted, there, "the contract")
@@ -171,6 +180,15 @@ def check(contract: Contract, report: Report, vmm: str | None = None) -> tuple[B
 
         blockers += portable.unknown(contract.portable, there, vmm)
     return (*coverage.blockers(report), *_sorted(blockers))
+
+
+def _invariant(host: Report, measured: Report) -> Report:
+    """A VMM's view for a guest whose TSC is pinned: with the invariant TSC, where the host has it."""
+    from kvmneg.policy import vmm as vmms  # as in _through
+
+    return vmms.with_bit(
+        host, rates.INVARIANT_WORD, measured.offer_words.get(rates.INVARIANT_WORD, 0) & rates.INVARIANT_BIT
+    )
 
 
 def _refused(granted: FeatureSet, seen: Through, wanted_by: str) -> list[Blocker]:
@@ -211,7 +229,13 @@ class _Wanted:
         self.maximum = request.maximum
         self.everything = request.maximum or whole
         level = None if whole and request.default else request.level
-        self.withheld = [feature for feature in self.names.by_name.values() if feature.withheld]
+        if request.tsc_khz and architecture != words.X86_64:
+            raise UsageError(f"{architecture} has no TSC", hint="leave the rate out")
+        self.withheld = [
+            feature
+            for feature in self.names.by_name.values()
+            if feature.withheld and not (request.tsc_khz and feature.name == rates.INVARIANT)
+        ]
         self.carry = self._features(boot.carry)
         self.at_most = [
             (self.names.feature(number), most, self.names.feature(unless))
@@ -244,7 +268,7 @@ class _Wanted:
         queue = [*self.required, *self.optional, *self.carry]
         while queue:
             feature = queue.pop()
-            if not feature.withheld and not masks.get(feature.word, 0) & feature.mask:
+            if feature not in self.withheld and not masks.get(feature.word, 0) & feature.mask:
                 masks[feature.word] = masks.get(feature.word, 0) | feature.mask
                 bases = (self.names.by_name[name] for name, _least in feature.bases)
                 queue += (base for base in bases if base.rule not in rules.BITWISE)
@@ -290,6 +314,15 @@ def _refuse_unaskable(feature: Feature, architecture: str) -> None:
         )
     else:
         unset = feature.rule in rules.UNMERGED
+    if feature.word == rates.WORD or feature.word.startswith("state:"):
+        how = (
+            "a TSC rate is asked for by its number"
+            if feature.word == rates.WORD
+            else "state is what features bring"
+        )
+        raise UsageError(
+            f"{feature.name} cannot be asked for: {how}", hint="leave it out", feature=feature.name
+        )
     if unset:
         raise UsageError(
             f"{feature.name} cannot be asked for: {rules.MEANING[feature.rule]}",
@@ -337,6 +370,9 @@ def _select(wanted: _Wanted, top: FeatureSet) -> FeatureSet:
                 values[word] |= field.bottom << field.shift
     if wanted.request.exact is not None:
         _keep_named_controls(wanted, values)
+    if rates.WORD in values:  # one rate, and only for who asked for it: an interval would promise all of it
+        khz = wanted.request.tsc_khz or 0
+        values[rates.WORD] = rates.exactly(khz) if rates.gives(top.value(rates.WORD), khz) else 0
     for number, most, feature in wanted.at_most:
         if not feature.of(values[feature.word]) and number.of(values[number.word]) > most:
             values[number.word] = values[number.word] & ~number.mask | most << number.shift

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, sanity, words
 from kvmneg.features.difference import Blocker
+from kvmneg.policy import rates
 from kvmneg.policy.contract import binding_mask
 
 TYPE_CHECKING = False
@@ -153,7 +154,7 @@ def unfit(blocker: Blocker, report: Report, wanted_by: str, seen: Through | None
         return blocker._replace(
             wanted_by=wanted_by, missing_on=seen.missing_on(), cause="vmm", because=taken.because
         )
-    if feature is not None and feature.is_bit:
+    if feature is not None and (feature.is_bit or rates.unmeasured(feature.word, report.offer_words)):
         cause, because = _held_back(feature, report)
     elif feature is not None:
         offered = feature.of(report.offer.value(feature.word))
@@ -194,6 +195,8 @@ def _held_back(feature: Feature, report: Report) -> tuple[str, str]:
 
 def _on_the_way(feature: Feature, report: Report) -> tuple[str, str] | None:
     """Why the offer does not have what was measured, or has it as what nobody may choose."""
+    if rates.unmeasured(feature.word, report.offer_words):
+        return "unknown", "this report says nothing about it: an older kvmneg made it, or another tool"
     if _measured(feature, report):
         return _dropped(feature, report)
     if feature.whole and feature.mask >> 32 & report.offer.value(feature.word):

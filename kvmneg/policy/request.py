@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 DEFAULT_LEVEL = "x86-64-v1"
-_FIELDS = ("max", "level", "require", "optional", "exact", "vmm", "requireEnforced")
+_FIELDS = ("max", "level", "require", "optional", "exact", "vmm", "requireEnforced", "tscKhz")
 
 
 class Request:
@@ -25,12 +25,16 @@ class Request:
 
     `vmm` names what will run the guest ("qemu", "qemu-10.0", "firecracker"; kvmneg.policy.vmm), None: KVM's set counts.
 
+    `tsc_khz` pins the guest's TSC to a rate in kHz, without which no guest is told that its TSC is invariant.
+
     With `require_enforced` the answer is no where the contract would not be graded "enforced".
 
     Raises UsageError where modes exclude each other, LimitExceeded (REQUEST_FEATURES).
     """
 
-    __slots__ = ("default", "exact", "level", "maximum", "optional", "require", "require_enforced", "vmm")
+    __slots__ = (
+        "default", "exact", "level", "maximum", "optional", "require", "require_enforced", "tsc_khz", "vmm",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class Request:
         exact: tuple[str, ...] | None = None,
         vmm: str | None = None,
         require_enforced: bool = False,
+        tsc_khz: int | None = None,
     ) -> None:
         modes = {"max": maximum, "level": level is not None, "exact": exact is not None}
         chosen = [name for name, on in modes.items() if on]
@@ -55,6 +60,8 @@ class Request:
             raise UsageError(
                 "max already holds everything there is", hint="leave optional out, or ask for a level"
             )
+        if tsc_khz is not None and not 0 < tsc_khz <= limits.TSC_KHZ:
+            raise UsageError(f"a TSC rate is 1 to {limits.TSC_KHZ} kHz, not {tsc_khz}")
         count = len(require) + len(optional) + len(exact or ())
         if count > limits.REQUEST_FEATURES:
             raise LimitExceeded("REQUEST_FEATURES", limits.REQUEST_FEATURES, f"{count} features were named")
@@ -67,6 +74,7 @@ class Request:
         self.optional = optional
         self.vmm = vmm
         self.require_enforced = require_enforced
+        self.tsc_khz = tsc_khz
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Request:
@@ -86,6 +94,9 @@ class Request:
         enforced = document.get("requireEnforced")
         if not isinstance(enforced, bool | None):
             raise UsageError("requireEnforced is a boolean")
+        khz = document.get("tscKhz")
+        if khz is not None and type(khz) is not int:
+            raise UsageError("tscKhz is a whole number")
         return cls(
             maximum=bool(maximum),
             level=level,
@@ -94,6 +105,7 @@ class Request:
             exact=_names(document, "exact"),
             vmm=vmm,
             require_enforced=bool(enforced),
+            tsc_khz=khz,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -112,6 +124,8 @@ class Request:
             document["vmm"] = self.vmm
         if self.require_enforced:
             document["requireEnforced"] = True
+        if self.tsc_khz is not None:
+            document["tscKhz"] = self.tsc_khz
         return document
 
     def describe(self, architecture: str = X86_64) -> str:

@@ -6,10 +6,11 @@ from __future__ import annotations
 from kvmneg.features import words
 
 SCOPE = (
-    "judged: CPUID words, feature MSRs and KVM capabilities of the catalogue, against what this host "
-    "measured and the pinned fence",
+    "judged: CPUID words, feature MSRs, KVM capabilities, classes of portable state and a pinned TSC rate of the "
+    "catalogue, against what this host measured and the pinned fence",
     "not judged: machine type and device state of another VMM build, ROM sizes, vhost-user and vDPA back "
-    "ends, VFIO, TSC frequency, portable MSR and XSAVE state",
+    "ends, VFIO, the TSC rate of a guest that pins none, state that host or fence do not name, XSAVE components "
+    "that an older kernel saves besides the guest's",
 )
 SCOPE_ARM64 = (
     "judged: ID and firmware registers, hypercalls, vCPU features and KVM capabilities of the catalogue, which "

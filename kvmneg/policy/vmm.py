@@ -177,6 +177,16 @@ def _with(host: Report, offer: dict[str, int], accept: dict[str, int]) -> Report
     )
 
 
+def with_bit(host: Report, word: str, bit: int) -> Report:
+    """The same report with a bit more in its offer."""
+    accepted = {**host.offer_words, **host.accept_words}
+    return _with(
+        host,
+        {**host.offer_words, word: host.offer_words.get(word, 0) | bit},
+        {**accepted, word: accepted.get(word, 0) | bit},
+    )
+
+
 def _oldest(host: Report, name: str) -> str:
     """The lowest version of a VMM among the builds of a report's combo, "" where there is none."""
     builds = host.combo.get("vmms", ())

@@ -24,6 +24,7 @@ TYPES: dict[str, dict[str, str]] = {
         "exact": "?[]string",
         "vmm": "?string",
         "requireEnforced": "?bool",
+        "tscKhz": "?int",
     },
 }
 

@@ -13,7 +13,7 @@ import sys
 from typing import Any, cast
 
 from kvmneg.host import capabilities
-from kvmneg.host.kvm import CpuidEntry, Kvm, Probe
+from kvmneg.host.kvm import CpuidEntry, Kvm, Probe, Tsc
 
 
 def answers(probe: Probe) -> dict[str, Any]:
@@ -33,6 +33,9 @@ def answers(probe: Probe) -> dict[str, Any]:
             *([hex(index), None] for index in probe.refused_msrs),
         ],
         "xcomp_guest_supp": None if probe.xcomp_guest_supp is None else hex(probe.xcomp_guest_supp),
+        "state_msrs": None if probe.state_msrs is None else list(map(hex, probe.state_msrs)),
+        "mce_cap": None if probe.mce_cap is None else hex(probe.mce_cap),
+        "tsc": probe.tsc,
     }
 
 
@@ -56,6 +59,8 @@ def probe_of(dump: dict[str, Any]) -> Probe:
     system, vm = dump["capabilities"]["system"], dump["capabilities"]["vm"]
     found = {capabilities.name(int(n)): (system.get(n, 0), vm.get(n, 0)) for n in {**system, **vm}}
     xcomp = dump.get("xcomp_guest_supp")
+    # dumps made before these were asked for do not have them: their reports do not name them either
+    msrs, mce, tsc = (dump.get(key) for key in ("state_msrs", "mce_cap", "tsc"))
     return Probe(
         capabilities=cast("Any", found),  # of which the decoder only asks get()
         supported=_entries(dump["supported"]),
@@ -65,6 +70,9 @@ def probe_of(dump: dict[str, Any]) -> Probe:
         refused_msrs=tuple(_number(i) for i, v in dump["feature_msrs"] if v is None),
         xcomp_guest_supp=None if xcomp is None else _number(xcomp),
         missing={},
+        state_msrs=None if msrs is None else tuple(map(_number, msrs)),
+        mce_cap=None if mce is None else _number(mce),
+        tsc=None if tsc is None else Tsc(*tsc),
     )
 
 

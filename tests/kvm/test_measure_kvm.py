@@ -60,10 +60,44 @@ def test_feature_msrs_are_what_kvm_said(measurer: measure.Measurer) -> None:
     offer = measurer.measure().offer_words
     with Kvm.open() as kvm:
         values, refused = kvm.feature_msrs()
-    assert {word: value for word, value in offer.items() if word.startswith("msr:")} == {
-        f"msr:{index:#x}": value for index, value in values.items()
-    }
+    found = {word: value for word, value in offer.items() if word.startswith("msr:")}
+    found.pop("msr:0x179", 0)  # no feature MSR: KVM_X86_GET_MCE_CAP_SUPPORTED
+    assert found == {f"msr:{index:#x}": value for index, value in values.items()}
     assert not {f"msr:{index:#x}" for index in refused} & offer.keys()
+
+
+def test_state_is_what_kvm_lists(measurer: measure.Measurer) -> None:
+    """Each index of KVM_GET_MSR_INDEX_LIST is a bit, of the catalogue or of its own, and there is no other."""
+    offer = measurer.measure().offer_words
+    with Kvm.open() as kvm:
+        listed = kvm.probe().state_msrs
+    assert listed
+    bits = sum(value.bit_count() for word, value in offer.items() if word.startswith("state:msr"))
+    assert bits == len(set(listed))
+    assert offer["state:msrs"] & 7 == 7  # SYSENTER's three: any KVM on any CPU
+
+
+def test_machine_checks_are_what_kvm_said(measurer: measure.Measurer) -> None:
+    offer = measurer.measure().offer_words
+    with Kvm.open() as kvm, kvm.scratch() as scratch:
+        told = kvm.probe(scratch).mce_cap
+        shown = kvm.try_mce(scratch, offer["msr:0x179"])
+    assert offer["msr:0x179"] == (told or 0) | offer["kvm:mce"] & 0xFF
+    assert shown == offer["msr:0x179"]
+
+
+def test_the_tsc_is_the_rate_of_a_fresh_vcpu(measurer: measure.Measurer) -> None:
+    """And asking for it leaves the vCPU as it was."""
+    offer = measurer.measure().offer_words
+    with Kvm.open() as kvm, kvm.scratch() as scratch:
+        first, second = kvm.probe(scratch).tsc, kvm.probe(scratch).tsc
+    assert first == second
+    if first is None:  # a host whose TSC is not stable
+        assert "tsc:khz" not in offer
+        return
+    low, high = offer["tsc:khz"] & 0xFFFF_FFFF, offer["tsc:khz"] >> 32
+    assert low <= first.khz <= high
+    assert (first.max_khz > 0) == (offer["kvm:tsc-control"] > 0)
 
 
 def test_every_catalogued_capability_is_there(measurer: measure.Measurer) -> None:

@@ -30,6 +30,7 @@ RECORDED = ("intel-ice-lake", "amd-milan", "software-kvm")
 _POOLS = {
     rules.VMX_CONTROLS: (0, 0x7F_0000_0016, 0x3F_0000_0016, 0x7F_0000_0017, 0x1_0000_0016, 0xFFFF_FFFF << 32),
     rules.VERSION_RANGE: (0, 0x0101, 0x0201, 0x0102, 0x0302),
+    rules.INTERVAL: (0, 0x2_0000_0001, 0x4_0000_0002, 0x3_0000_0003, 0x1_0000_0002, 0xFFFF_FFFF << 32),
     rules.LOWEST: (0, 0x606A6, 0xA00F11, 0x806F8, 0x100F42, 0xF4A),
     rules.EQUAL_OR_DROP: (0, 1, 0x240, 0x340),
 }
@@ -61,6 +62,7 @@ def word_values(word: str) -> st.SearchStrategy[int]:
 def _full() -> dict[str, int]:
     """Everything that can be granted at once: so that features survive closing their dependencies."""
     few = {rules.VMX_CONTROLS: 0xFFFF_FFFF << 32, rules.VERSION_RANGE: 0x0201, rules.MINIMUM_NONZERO: 0}
+    few[rules.INTERVAL] = 0x0028_0000_0024_0000
     words = {}
     for word, rule in CATALOG.words.items():
         words[word] = rule.and_mask | rule.hint_mask

@@ -16,11 +16,11 @@ TABLES = sorted((HERE.parents[1] / "kvmneg" / "features" / "catalog" / "x86").gl
 MASKS = HERE.parents[1] / "kvmneg" / "data" / "x86_kvm_masks.json"
 FEATURE_KEYS = {
     "bit", "bits", "rule", "requires", "title", "why", "withheld", "value", "qemu", "linux", "libvirt",
-    "vendor", "unset", "with", "default1",
+    "vendor", "unset", "with", "default1", "msr", "capability", "flag",
 }  # fmt: skip
 MERGED = {
     "and", "or", "hint", "minimum", "minimum-nonzero", "maximum", "equal", "equal-or-drop", "lowest",
-    "version-range", "vmx-controls",
+    "version-range", "interval", "vmx-controls",
 }  # fmt: skip
 UNMERGED = {"derived", "topology", "dynamic", "policy", "reported"}
 PLAIN = {"and", "minimum"}  # what needs no reason
@@ -111,7 +111,7 @@ class Row(NamedTuple):
 
 
 def _width(word: str) -> int:
-    return 64 if word.startswith(("msr:", "tap:", "vhost-net:")) else 32
+    return 64 if word.startswith(("msr:", "tap:", "vhost-net:", "tsc:", "state:")) else 32
 
 
 @cache
@@ -261,7 +261,30 @@ def test_reversed_bits_are_the_ones_of_the_manuals() -> None:
 
 
 def test_only_speed_is_a_hint() -> None:
-    assert {row.name for row in _tables()[0] if row.rule == "hint"} == HINTS
+    hints = {row.name for row in _tables()[0] if row.rule == "hint"}
+    assert {name for name in hints if not name.startswith("state-")} == HINTS
+
+
+def test_state_that_no_feature_announces_is_required_only_where_every_kvm_has_it() -> None:
+    """Linux 5.10's and 6.1's KVM list these for any guest on any CPU (arch/x86/kvm/x86.c)."""
+    everywhere = {0x174, 0x175, 0x176, *range(0xC0000081, 0xC0000085), 0xC0000102, 0x10, 0x277, 0x1A0}
+    state = [row for row in _tables()[0] if "msr" in row.entry]
+    alone = [row for row in state if row.rule == "and" and not row.entry.get("requires")]
+    assert {row.entry["msr"] for row in alone} == everywhere
+    assert {row.name for row in state if row.rule == "hint" and row.entry.get("requires")} == set()
+
+
+def test_a_class_of_state_has_one_bit_and_names_its_constant() -> None:
+    state = [row for row in _tables()[0] if row.word.startswith("state:") and row.rule in ("and", "hint")]
+    assert len(state) > 150
+    assert [row.name for row in state if row.low != row.high or not row.entry.get("vendor")] == []
+    msrs = [row for row in state if row.word.startswith("state:msrs")]
+    assert [row.name for row in state if (row in msrs) != ("msr" in row.entry)] == []
+    assert [row.name for row in state if (row in msrs) == ("capability" in row.entry)] == []
+    known = {row.word for row in _tables()[0]}
+    assert [row.name for row in state if f"kvm:{row.entry.get('capability', 'mce')}" not in known] == []
+    indices = Counter(row.entry["msr"] for row in state if "msr" in row.entry)
+    assert [hex(index) for index, times in indices.items() if times > 1] == []
 
 
 def test_a_mask_bounds_only_sets_of_bits() -> None:

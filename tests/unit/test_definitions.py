@@ -248,6 +248,12 @@ BAD = [
         "cannot be built on",
     ),
     ('["cpuid:0x9.0.ecx"]\nv = { bits = "7:0", rule = "version-range" }', "16 bits"),
+    ('["tsc:khz"]\nt = { bits = "31:0", rule = "interval" }', "an interval is 64 bits"),
+    ('["cpuid:0x9.0.ecx"]\nm = { bit = 1, rule = "and", msr = 0x10 }', "one bit of a state: word"),
+    (
+        '["state:a"]\nm = { bit = 1, rule = "and", msr = 0x10 }\nn = { bit = 2, rule = "and", msr = 0x10 }',
+        "another class's",
+    ),
     ('["cpuid:0x9.0.ecx"]\n"a.b" = { bits = "7:0", rule = "minimum" }', "has no dot"),
     ('["cpuid:0x9.0.ecx"]\na = { bit = 0, rule = "policy" }', "has a value"),
     ('["cpuid:0x9.0.ecx"]\na = { bit = 0, rule = "and", value = 1 }', "has a value"),

@@ -48,7 +48,16 @@ def of_every_command(page: str) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_a_command_is_on_its_page(command: str) -> None:
     told = section("kvmneg.1", command)
-    request = {"--max", "--level", "--require", "--optional", "--exact", "--require-enforced", "--vmm"}
+    request = {
+        "--max",
+        "--level",
+        "--require",
+        "--optional",
+        "--exact",
+        "--require-enforced",
+        "--tsc-khz",
+        "--vmm",
+    }
     common = {"--json", "--socket", "--help", *request}
     for option in options(arguments.parser_of(command)):
         place = of_every_command("kvmneg.1") if option in common else told

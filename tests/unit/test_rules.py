@@ -13,7 +13,7 @@ from kvmneg.features.rules import RULES
 
 WIDTHS = {
     rules.VMX_CONTROLS: 64, rules.VERSION_RANGE: 16, rules.LOWEST: 32, rules.EQUAL: 32, rules.SIGNED_MINIMUM: 4,
-    rules.PREFIX: 16,
+    rules.PREFIX: 16, rules.INTERVAL: 64,
 }  # fmt: skip
 # Of a field that must be equal 0 is "not known"; two that differ are a conflict, which feature sets keep.
 LATTICES = sorted(set(RULES) - {rules.EQUAL})
@@ -104,6 +104,22 @@ VECTORS = [
     (rules.LOWEST, 0x00A00F11, 0x00830F10, 0x00830F10, True),  # Milan is family 25, Rome 23
     (rules.VERSION_RANGE, 0x0301, 0x0402, 0x0302, False),
     (rules.VERSION_RANGE, 0x0201, 0x0403, 0, False),
+    (
+        rules.INTERVAL,
+        2_400_600 << 32 | 2_399_400,
+        2_400_602 << 32 | 2_399_402,
+        2_400_600 << 32 | 2_399_402,
+        False,
+    ),
+    (
+        rules.INTERVAL,
+        2_400_000 << 32 | 2_400_000,
+        2_400_602 << 32 | 2_399_402,
+        2_400_000 << 32 | 2_400_000,
+        True,
+    ),
+    (rules.INTERVAL, 2_400_600 << 32 | 2_399_400, 2_600_650 << 32 | 2_599_350, 0, False),  # no rate in common
+    (rules.INTERVAL, 0, 2_400_600 << 32 | 2_399_400, 0, True),  # a guest without a pinned rate runs anywhere
     (rules.VMX_CONTROLS, 0x7F_0000_0016, 0x3F_0000_0012, 0x3F_0000_0016, False),
     (rules.VMX_CONTROLS, 0x3F_0000_0016, 0x7F_0000_0012, 0x3F_0000_0016, True),
     (rules.VMX_CONTROLS, 0x16_0000_0016, 0x7F_0000_0001, 0, False),  # bit 0 must be 1 there, may not be here
@@ -140,7 +156,12 @@ def test_every_rule_has_a_vector_and_a_feature() -> None:
 
 @pytest.mark.parametrize(
     ("value", "rule"),
-    [(0x1_0000_0016, rules.VMX_CONTROLS), (0x0102, rules.VERSION_RANGE), (0xE, rules.SIGNED_MINIMUM)],
+    [
+        (0x1_0000_0016, rules.VMX_CONTROLS),
+        (0x0102, rules.VERSION_RANGE),
+        (0xE, rules.SIGNED_MINIMUM),
+        (0x1_0000_0002, rules.INTERVAL),
+    ],
 )
 def test_a_range_that_contradicts_itself_is_nothing(value: int, rule: str) -> None:
     assert RULES[rule].meet(value, value) == RULES[rule].bottom(width_of(rule))

@@ -16,8 +16,9 @@ import pytest
 
 from kvmneg.features import catalog
 from kvmneg.features.featureset import FeatureSet
+from kvmneg.features.report import Report
 from kvmneg.host import x86
-from kvmneg.host.kvm import CpuidEntry, Probe
+from kvmneg.host.kvm import CpuidEntry, Probe, Tsc
 from tests.hosts.raw import probe_of
 
 TESTS = Path(__file__).parents[1]
@@ -250,3 +251,86 @@ def test_a_host_of_two_kinds_has_no_processor_trace_where_their_trace_differs() 
     assert (host["cpuid:0x14.0.eax"], host["cpuid:0x14.0.ebx"], host["cpuid:0x14.0.ecx"]) == (0, 0, 0)
     assert FeatureSet.of("x86_64", host).field("intel-pt") == 0
     assert FeatureSet.of("x86_64", x86.met([one, dict(one)])).field("intel-pt") == 1
+
+
+# -- state and the TSC -----------------------------------------------------------------------------------------
+
+
+def test_a_host_that_cannot_scale_gives_its_own_rate_within_the_tolerance() -> None:
+    """arch/x86/kvm/x86.c, adjust_tsc_khz(): rate * (1000000 + ppm) / 1000000, rounded down; 250 ppm if nobody says."""
+    assert x86.tsc_rates(2_400_001, 0, 250) == 2_400_601 << 32 | 2_399_400
+    assert x86.tsc_rates(2_400_001, 0, 0) == 2_400_001 << 32 | 2_400_001
+    assert x86.tsc_rates(2_400_001, 0, 5_000_000) == 14_400_006 << 32 | 1
+    assert x86.tsc_rates(2_400_000, 0x7FFF_FFFE, 250) == 0x7FFF_FFFE_0000_0001  # it scales to any rate
+    assert x86.tsc_rates(0, 0, 250) == 0  # calibration failed
+
+
+def test_the_tolerance_is_the_modules_parameter() -> None:
+    assert x86.tolerance_ppm({"modules": {"kvm.tsc_tolerance_ppm": "1000"}}) == 1000
+    for modules in ({}, {"kvm.tsc_tolerance_ppm": "unreadable"}, {"kvm.tsc_tolerance_ppm": "9" * 40}):
+        assert x86.tolerance_ppm({"modules": modules}) == 250
+    assert x86.tolerance_ppm({}) == 250
+
+
+def test_the_tsc_of_a_probe() -> None:
+    found = probe([])._replace(tsc=Tsc(2_600_000, 0))
+    assert x86.decoder().offer(found, 1000)["tsc:khz"] == 2_602_600 << 32 | 2_597_400
+    assert "tsc:khz" not in x86.decoder().offer(probe([]))  # not measured is not "no rate"
+
+
+def test_state_msrs_are_bits_of_the_catalogue() -> None:
+    names = catalog.names("x86_64")
+    found = x86.decoder().offer(probe([])._replace(state_msrs=(0x174, 0x4B564D01, 0x40000080, 0xC1, 0xDEAD)))
+    listed = ("state-sysenter-cs", "state-kvm-system-time-new", "state-hv-scontrol", "state-perfctr0")
+    bits = {word: value for word, value in found.items() if word.startswith("state:msrs") and value}
+    assert bits == {names.by_name[name].word: names.by_name[name].mask for name in listed}
+    assert found["state:msrs-vmx"] == 0  # measured, and not there
+
+
+def test_an_msr_that_nobody_catalogued_is_kept_and_never_offered() -> None:
+    found = x86.decoder().offer(probe([])._replace(state_msrs=(0x174, 0xDEAD)))
+    assert found["state:msr-0xdead"] == 1
+    report = Report("x86_64", measured={}, combo={}, identity={}, offer=found)
+    assert report.unclassified()["state:msr-0xdead"] == 1
+    assert "state:msr-0xdead" not in report.offer.words
+    again = Report.loads(json.dumps(report.to_json()).encode())
+    assert again.offer_words == report.offer_words
+
+
+def test_a_list_that_was_not_measured_says_nothing() -> None:
+    assert not [word for word in x86.decoder().offer(probe([])) if word.startswith("state:msrs")]
+
+
+@pytest.mark.parametrize(
+    ("capability", "answer", "classes"),
+    [
+        ("vcpu-events", 1, {"state-vcpu-events"}),
+        ("adjust-clock", 2, {"state-clock"}),  # KVM_CLOCK_TSC_STABLE alone, as on Linux 5.10
+        ("adjust-clock", 0xE, {"state-clock", "state-clock-realtime", "state-clock-host-tsc"}),
+        ("xsave2", 4096, {"state-xsave2"}),
+        ("x86-triple-fault-event", 1, {"state-triple-fault"}),
+    ],
+)
+def test_state_that_a_capability_tells_about(capability: str, answer: int, classes: set[str]) -> None:
+    value = x86.decoder().offer(probe([], capabilities={capability: (answer, answer)}))["state:vcpu"]
+    assert {feature.name for feature in catalog.names("x86_64").at("state:vcpu", value)} == classes
+
+
+@pytest.mark.parametrize(("leaf1", "place"), [(1 << 5, 0), (0, 32)])
+def test_the_nested_format_is_the_vendors(leaf1: int, place: int) -> None:
+    """sizeof(struct kvm_nested_state) and two VMCS12 pages, or one VMCB: one of them, by what the CPU has."""
+    found = probe([entry(1, 0, 0, 0, leaf1)], capabilities={"nested-state": (0x2080, 0x2080)})
+    assert x86.decoder().offer(found)["state:nested"] == 0x2080 << place
+
+
+def test_machine_checks_are_the_bits_with_the_number_of_banks() -> None:
+    found = probe([], capabilities={"mce": (32, 32)})._replace(mce_cap=0x1000100)
+    assert x86.decoder().offer(found)["msr:0x179"] == 0x1000120
+    assert "msr:0x179" not in x86.decoder().offer(probe([], capabilities={"mce": (32, 32)}))
+
+
+def test_capabilities_of_a_vm_that_refuses_are_the_systems() -> None:
+    answers = {"mce": (32, -22), "max-vcpus": (-22, -22)}
+    found = x86.decoder().capabilities(answers)
+    assert found["kvm:mce"] == 32
+    assert "kvm:max-vcpus" not in found

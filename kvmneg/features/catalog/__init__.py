@@ -110,7 +110,7 @@ class Catalog:
 
     __slots__ = (
         "architecture", "built_on", "dependents", "equal_words", "groups", "leaves", "limited", "policy",
-        "raised_bottoms", "requirements", "words",
+        "raised_bottoms", "requirements", "state_capabilities", "state_msrs", "words",
     )  # fmt: skip
 
     def __init__(self, architecture: str) -> None:
@@ -153,6 +153,10 @@ class Catalog:
             for need in rows:
                 built_on.setdefault(need.base, {})[word] = None
         self.built_on = {base: tuple(built) for base, built in built_on.items()}
+        # index of an MSR → the word and the bit that stand for it as state
+        self.state_msrs: dict[int, tuple[str, int]] = tables.STATE_MSRS
+        # (word, bit, kvm: word, mask of its answer) of the state that a capability tells about
+        self.state_capabilities: tuple[tuple[str, int, str, int], ...] = tables.STATE_CAPABILITIES
         # (word, mask, value) of the constants that every guest gets
         self.policy: tuple[tuple[str, int, int], ...] = tables.POLICY
 

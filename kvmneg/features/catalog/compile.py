@@ -21,13 +21,29 @@ from typing import Any, NamedTuple
 _WORD_KEYS = ("rule", "why", "controls")
 _TEXT_KEYS = ("title", "why", "withheld", "qemu", "linux", "libvirt", "vendor", "settable")
 _FEATURE_KEYS = frozenset(
-    ("bit", "bits", "rule", "requires", "value", "unset", "with", "default1", *_TEXT_KEYS)
+    (
+        *(
+            "bit",
+            "bits",
+            "rule",
+            "requires",
+            "value",
+            "unset",
+            "with",
+            "default1",
+            "msr",
+            "capability",
+            "flag",
+        ),
+        *_TEXT_KEYS,
+    )
 )
 _REQUIREMENT = re.compile(r"(?P<absent>!?)(?P<name>[a-z0-9.-]+)(?:>=(?P<least>0x[0-9a-f]+|[1-9][0-9]*))?")
 _NAME = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
 _LEAF = r"(?:cpuid|hyperv):0x(?:0|[1-9a-f][0-9a-f]{0,7})"
 _SUBLEAF = rf"{_LEAF}\.(?:0|[1-9][0-9]*)"
-_REST = r"(?:msr|arm64):0x(?:0|[1-9a-f][0-9a-f]*)|(?:kvm|tap|vhost-net|arm):[a-z0-9-]+"
+_NAMED = "kvm|tap|vhost-net|tsc|state|arm"
+_REST = rf"(?:msr|arm64):0x(?:0|[1-9a-f][0-9a-f]*)|(?:{_NAMED}):[a-z0-9-]+"
 _WORD = re.compile(rf"{_SUBLEAF}\.e[abcd]x|{_REST}")
 _WHOLE = re.compile(rf"{_LEAF}|{_SUBLEAF}|{_SUBLEAF}\.e[abcd]x|{_REST}")
 
@@ -48,16 +64,8 @@ _NO_BASE = rules.UNMERGED | {
     rules.EQUAL, rules.MINIMUM_NONZERO, rules.LOWEST, rules.SIGNED_MINIMUM, rules.HIGHEST, rules.EQUAL_OR_ONE,
     rules.EQUAL_OR_TWO, rules.MATCH,
 }  # fmt: skip
-_WIDTHS = {
-    "cpuid": 32,
-    "hyperv": 32,
-    "kvm": 32,
-    "msr": 64,
-    "tap": 64,
-    "vhost-net": 64,
-    "arm64": 64,
-    "arm": 64,
-}
+_WIDTHS = dict.fromkeys(("cpuid", "hyperv", "kvm"), 32)
+_WIDTHS |= dict.fromkeys(("msr", "tap", "vhost-net", "tsc", "state", "arm64", "arm"), 64)
 
 
 class CatalogError(Exception):
@@ -112,7 +120,17 @@ def _feature(word: str, name: str, row: Any, default: str | None) -> Feature:
     shift, width = _bits(place, row, limit)
     feature = Feature(name, word, shift, width, str(rule), row)
     _check(feature, place, limit)
+    _check_state(feature, place)
     return feature
+
+
+def _check_state(feature: Feature, place: str) -> None:
+    """What tells of a class of state: an MSR in KVM's list, or a capability and a flag of its answer."""
+    row = feature.row
+    if "msr" in row and (not feature.word.startswith("state:") or feature.width != 1):
+        raise CatalogError(f"{place}: an MSR is one bit of a state: word")
+    if ("capability" in row and "msr" in row) or ("flag" in row and "capability" not in row):
+        raise CatalogError(f"{place}: state stands for an MSR, or for a capability and a flag of its answer")
 
 
 def _check(feature: Feature, place: str, limit: int) -> None:
@@ -126,6 +144,8 @@ def _check(feature: Feature, place: str, limit: int) -> None:
         raise CatalogError(f"{place}: a range of versions is 16 bits, the highest and the lowest")
     if rule == rules.SIGNED_MINIMUM and feature.width != 4:
         raise CatalogError(f"{place}: a field with a sign is 4 bits")
+    if rule == rules.INTERVAL and feature.width != 64:
+        raise CatalogError(f"{place}: an interval is 64 bits, the highest and the lowest")
     if rule not in rules.BITWISE and rule not in rules.UNMERGED and "." in feature.name:
         raise CatalogError(f"{place}: a number's name has no dot: fences write WORD.NAME = N")
     if (rule == rules.POLICY) != ("value" in row):
@@ -235,6 +255,9 @@ class Tables:
         row = self.words.setdefault(feature.word, [])
         if any(other.mask & feature.mask for other in row):
             raise CatalogError(f"{feature.word} {feature.name}: its bits are another feature's too")
+        index = feature.row.get("msr")
+        if index is not None and any(other.row.get("msr") == index for other in self.features.values()):
+            raise CatalogError(f"{feature.name}: MSR {index:#x} is another class's too")
         row.append(feature)
         self.features[feature.name] = feature
 
@@ -255,11 +278,13 @@ def _following(feature: Feature) -> int:
     """The feature's bits where they come and go with what they are built on, 0 where they are asked for.
 
     So do numbers, and the second place of a feature that CPUID shows twice (avx-copy, amx-int8-alias).
+    State is what a guest carries, whatever was asked for: its classes come along with the features that make it.
     """
     number = feature.rule not in rules.BITWISE and feature.rule not in rules.UNMERGED
     requires = feature.row.get("requires", ())
     twice = any(feature.name == f"{base}-{kind}" for base in requires for kind in ("copy", "alias"))
-    return feature.mask if twice or (number and requires) else 0
+    state = feature.word.startswith("state:")
+    return feature.mask if twice or state or (number and requires) else 0
 
 
 def _word(tables: Tables, word: str, features: list[Feature]) -> tuple[Any, ...]:
@@ -299,8 +324,21 @@ def merging(tables: Tables) -> str:
     requires = [(word, mask, *rest) for (word, *rest), mask in needs.items()]
     leaves = {leaf: rule for leaf, (rule, _why) in tables.leaves.items()}
     groups = list(tables.groups.items())
+    carried = {one.row["msr"]: (one.word, one.mask) for one in tables.features.values() if "msr" in one.row}
     return _module(
-        {"WORDS": words, "LEAVES": leaves, "REQUIRES": requires, "POLICY": policy, "GROUPS": groups}
+        {
+            "WORDS": words,
+            "LEAVES": leaves,
+            "REQUIRES": requires,
+            "POLICY": policy,
+            "GROUPS": groups,
+            "STATE_MSRS": carried,
+            "STATE_CAPABILITIES": [
+                (one.word, one.mask, f"kvm:{one.row['capability']}", one.row.get("flag", -1))
+                for one in tables.features.values()
+                if "capability" in one.row
+            ],
+        }
     )
 
 
