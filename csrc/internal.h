@@ -31,3 +31,15 @@ bool kvmneg_internal_absent(int r);
 
 /* KVM_CREATE_VCPU (api.rst 4.7), number 0. */
 int kvmneg_internal_create_vcpu(int vm_fd, int *ret_vcpu_fd, struct kvmneg_trace *trace);
+
+#if defined(__x86_64__)
+/* Keeps the error of a part that this KVM may lack; passes any other failure on. */
+int kvmneg_internal_optional(int r, int32_t *error);
+
+/* KVM_GET_MSR_FEATURE_INDEX_LIST or KVM_GET_MSR_INDEX_LIST (api.rst 4.3), beginning with room for `capacity`. */
+int kvmneg_internal_list_msrs(int kvm_fd, unsigned long request, uint32_t capacity, struct kvmneg_indices **ret_list,
+                              struct kvmneg_trace *trace);
+
+/* What guests carry, into a probe that has its capabilities; `vcpu_fd` may be -1. */
+int kvmneg_internal_probe_state(int kvm_fd, int vcpu_fd, struct kvmneg_probe *probe, struct kvmneg_trace *trace);
+#endif

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {
-    "x86_64": ("system.c", "x86.c", "x86-cpuid.c"),
+    "x86_64": ("system.c", "x86.c", "x86-cpuid.c", "x86-state.c"),
     "aarch64": ("system.c", *(path.name for path in sorted((ROOT / "csrc").glob("arm64*.c")))),
 }
 WRAP = tuple(f"-Wl,--wrap={name}" for name in ("ioctl", "calloc", "free"))

@@ -20,24 +20,10 @@ from typing import Any, NamedTuple
 
 _WORD_KEYS = ("rule", "why", "controls")
 _TEXT_KEYS = ("title", "why", "withheld", "qemu", "linux", "libvirt", "vendor", "settable")
-_FEATURE_KEYS = frozenset(
-    (
-        *(
-            "bit",
-            "bits",
-            "rule",
-            "requires",
-            "value",
-            "unset",
-            "with",
-            "default1",
-            "msr",
-            "capability",
-            "flag",
-        ),
-        *_TEXT_KEYS,
-    )
-)
+_PLACE_KEYS = (
+    "bit", "bits", "rule", "requires", "value", "unset", "with", "default1", "msr", "capability", "flag",
+)  # fmt: skip
+_FEATURE_KEYS = frozenset(_PLACE_KEYS + _TEXT_KEYS)
 _REQUIREMENT = re.compile(r"(?P<absent>!?)(?P<name>[a-z0-9.-]+)(?:>=(?P<least>0x[0-9a-f]+|[1-9][0-9]*))?")
 _NAME = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
 _LEAF = r"(?:cpuid|hyperv):0x(?:0|[1-9a-f][0-9a-f]{0,7})"
@@ -126,10 +112,10 @@ def _feature(word: str, name: str, row: Any, default: str | None) -> Feature:
 
 def _check_state(feature: Feature, place: str) -> None:
     """What tells of a class of state: an MSR in KVM's list, or a capability and a flag of its answer."""
-    row = feature.row
-    if "msr" in row and (not feature.word.startswith("state:") or feature.width != 1):
-        raise CatalogError(f"{place}: an MSR is one bit of a state: word")
-    if ("capability" in row and "msr" in row) or ("flag" in row and "capability" not in row):
+    row, told = feature.row, {"msr", "capability"} & set(feature.row)
+    if told and (not feature.word.startswith("state:") or feature.width != 1):
+        raise CatalogError(f"{place}: a class of state is one bit of a state: word")
+    if len(told) > 1 or ("flag" in row and "capability" not in row):
         raise CatalogError(f"{place}: state stands for an MSR, or for a capability and a flag of its answer")
 
 
@@ -256,7 +242,7 @@ class Tables:
         if any(other.mask & feature.mask for other in row):
             raise CatalogError(f"{feature.word} {feature.name}: its bits are another feature's too")
         index = feature.row.get("msr")
-        if index is not None and any(other.row.get("msr") == index for other in self.features.values()):
+        if index is not None and index in (other.row.get("msr") for other in self.features.values()):
             raise CatalogError(f"{feature.name}: MSR {index:#x} is another class's too")
         row.append(feature)
         self.features[feature.name] = feature
@@ -324,22 +310,15 @@ def merging(tables: Tables) -> str:
     requires = [(word, mask, *rest) for (word, *rest), mask in needs.items()]
     leaves = {leaf: rule for leaf, (rule, _why) in tables.leaves.items()}
     groups = list(tables.groups.items())
-    carried = {one.row["msr"]: (one.word, one.mask) for one in tables.features.values() if "msr" in one.row}
-    return _module(
-        {
-            "WORDS": words,
-            "LEAVES": leaves,
-            "REQUIRES": requires,
-            "POLICY": policy,
-            "GROUPS": groups,
-            "STATE_MSRS": carried,
-            "STATE_CAPABILITIES": [
-                (one.word, one.mask, f"kvm:{one.row['capability']}", one.row.get("flag", -1))
-                for one in tables.features.values()
-                if "capability" in one.row
-            ],
-        }
-    )
+    every = tables.features.values()
+    msrs = {one.row["msr"]: (one.word, one.mask) for one in every if "msr" in one.row}
+    told = [
+        (one.word, one.mask, f"kvm:{one.row['capability']}", one.row.get("flag", -1))
+        for one in every
+        if "capability" in one.row
+    ]
+    parts = {"WORDS": words, "LEAVES": leaves, "REQUIRES": requires, "POLICY": policy, "GROUPS": groups}
+    return _module({**parts, "STATE_MSRS": msrs, "STATE_CAPABILITIES": told})
 
 
 def _bases_first(tables: Tables) -> list[Feature]:
