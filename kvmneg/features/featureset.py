@@ -169,7 +169,7 @@ def _close(catalog: Catalog, kept: dict[str, int]) -> dict[str, None]:
             for mask, bottom, base, base_bottom, field, least in needs_of[word]:
                 if value & mask != bottom:
                     found = value_of(base, base_bottom) & field
-                    if found < least if least else found:  # not Requirement.met: 100 calls cost too much
+                    if found < least if least else found:  # not is_met: 100 calls cost too much
                         kept[word] = value = value & ~mask | bottom
                         changed[word] = None
         every_changed |= changed

@@ -229,7 +229,7 @@ def binding_mask(granted: FeatureSet, word: str) -> int:
     catalog = catalogs.load(granted.architecture)
     rule = catalog.words[word]
     if word in _LISTED_WITH and not all(
-        need.met(granted.value(need.base)) for need in catalog.requirements[word]
+        catalogs.is_met(need, granted.value(need[2])) for need in catalog.requirements[word]
     ):
         return 0
     mask = rule.judged
@@ -238,8 +238,9 @@ def binding_mask(granted: FeatureSet, word: str) -> int:
     if rule.or_mask and word.startswith("cpuid:") and _beyond_highest(granted, word):
         mask &= ~(granted.value(word) & rule.or_mask)
     for need in catalog.requirements.get(word, ()):
-        if need.mask & hidden and not need.met(granted.value(need.base)):
-            mask &= ~(need.mask & hidden)
+        needing, _bottom, base, *_ = need
+        if needing & hidden and not catalogs.is_met(need, granted.value(base)):
+            mask &= ~(needing & hidden)
     return mask
 
 

@@ -120,8 +120,8 @@ def _lost(feature: Feature, hosts: Sequence[Host], met: FeatureSet) -> str:
 def _unmet(feature: Feature, met: FeatureSet) -> Iterator[Place]:
     """The words, and the part of each, on which the feature is built and that the baseline does not have."""
     for need in _CATALOG.requirements.get(feature.word, ()):
-        if need.mask & feature.mask and not need.met(met.value(need.base)):
-            yield need.base, need[4]
+        if need[0] & feature.mask and not catalogs.is_met(need, met.value(need[2])):
+            yield need[2], need[4]
 
 
 def read(path: Path) -> set[Difference]:

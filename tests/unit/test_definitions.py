@@ -179,8 +179,12 @@ def test_a_good_table_compiles(tmp_path: Path) -> None:
     merging: dict[str, object] = {}
     exec((tmp_path / "out" / "_x86_64.py").read_text("utf-8"), merging)  # what the build writes is Python
     assert merging["LEAVES"] == {"cpuid:0x2": "topology"}
-    need = merging["REQUIRES"][0]  # type: ignore[index]
-    assert need[:3] == ("cpuid:0x1.0.edx", 1 << 24, "cpuid:0x1.0.edx")
+    # fxsr (bit 24) needs fpu (bit 0) of the same word, whose bottom is 0
+    need = (1 << 24, 0, "cpuid:0x1.0.edx", 0, 1, 1)
+    assert merging["REQUIREMENTS"]["cpuid:0x1.0.edx"][0] == need  # type: ignore[index]
+    assert merging["DEPENDENTS"]["cpuid:0x1.0.edx"] == (1 << 24, 0)  # type: ignore[index]
+    built = {"cpuid:0x1.0.edx": ("cpuid:0x1.0.edx", "cpuid:0x14.0.ebx", "cpuid:0x14.0.eax")}
+    assert merging["BUILT_ON"] == built
     assert merging["GROUPS"] == (("cpuid:0x14.0.ebx", ("cpuid:0x14.0.eax",)),)
     assert merging["WORDS"][0] == ("cpuid:0x1.0.edx", 1 | 1 << 24, 0, 0, (), 1 | 1 << 24, 0)  # type: ignore[index]
 

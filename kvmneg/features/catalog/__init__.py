@@ -68,41 +68,36 @@ class WordRules:
 
     def __init__(self, row: tuple[str, int, int, int, tuple[tuple[Any, ...], ...], int, int]) -> None:
         self.word, self.and_mask, self.or_mask, self.hint_mask, fields, self.known, self.follow = row
-        self.fields = tuple(Field(*field) for field in fields)
-        # the fields whose value may contradict itself
-        self.ranges = tuple(field for field in self.fields if field.rule in rules.RANGES)
-        self.limits = tuple(field for field in self.fields if field.unset is not None)
         self.all_and = not self.or_mask and not fields
-        self.bits_mask = self.and_mask | self.or_mask | self.hint_mask
-        self.judged = self.bits_mask
+        self.bits_mask = self.judged = self.and_mask | self.or_mask | self.hint_mask
         self.bottom = self.or_mask
-        for field in self.fields:
-            self.judged |= field.mask << field.shift
-            self.bottom |= field.bottom << field.shift
+        self.fields: tuple[Field, ...] = ()
+        self.ranges: tuple[Field, ...] = ()
+        self.limits: tuple[Field, ...] = ()
+        if fields:  # most words have none, and this is most of what loading a catalogue costs
+            self._add(tuple(Field(*field) for field in fields))
         self.unjudged = _WIDEST ^ self.judged
 
+    def _add(self, fields: tuple[Field, ...]) -> None:
+        self.fields = fields
+        # the fields whose value may contradict itself
+        self.ranges = tuple(field for field in fields if field.rule in rules.RANGES)
+        self.limits = tuple(field for field in fields if field.unset is not None)
+        for field in fields:
+            self.judged |= field.mask << field.shift
+            self.bottom |= field.bottom << field.shift
 
-class Requirement(tuple[int, int, str, int, int, int]):
-    """(mask, bottom, base, base's bottom, field, least): `mask` of a word needs `field` of `base` to be `least`.
 
-    Or more; a `least` of 0 is an or-field that is clear. `field` is a mask and `least` stands at its place, so
-    that a test is one operation. A tuple, because closing unpacks hundreds of them for each set, and no named
-    one, because importing typing costs four times as much as the whole catalogue.
-    """
+# (mask, bottom, base, base's bottom, field, least): `mask` of a word needs `field` of `base` to be `least` or more; a
+# `least` of 0 is an or-field that is clear. `field` is a mask and `least` stands at its place, so that a test is one
+# operation. A plain tuple, as the build makes it: closing unpacks hundreds of them for each set.
+Requirement = tuple[int, int, str, int, int, int]
 
-    __slots__ = ()
 
-    @property
-    def mask(self) -> int:
-        return self[0]
-
-    @property
-    def base(self) -> str:
-        return self[2]
-
-    def met(self, base_value: int) -> bool:
-        value = base_value & self[4]
-        return value >= self[5] if self[5] else not value
+def is_met(need: Requirement, base_value: int) -> bool:
+    """Whether the base's value is enough for what needs it."""
+    value = base_value & need[4]
+    return value >= need[5] if need[5] else not value
 
 
 class Catalog:
@@ -135,24 +130,11 @@ class Catalog:
         self.groups: tuple[tuple[str, tuple[str, ...]], ...] = tables.GROUPS
         self.leaves: dict[str, str] = tables.LEAVES
         # by the word that needs; as far as there is no circle, words come after the words they are built on
-        needs: dict[str, list[Requirement]] = {}
-        for word, mask, base, field, least in tables.REQUIRES:
-            bottoms = self.words[word].bottom & mask, self.words[base].bottom
-            needs.setdefault(word, []).append(Requirement((mask, bottoms[0], base, bottoms[1], field, least)))
-        self.requirements = {word: tuple(rows) for word, rows in needs.items()}
+        self.requirements: dict[str, tuple[Requirement, ...]] = tables.REQUIREMENTS
         # the bits of a word that need something, and their bottom: often a set has none of them
-        self.dependents: dict[str, tuple[int, int]] = {}
-        for word, rows in self.requirements.items():
-            every = 0
-            for mask, *_ in rows:
-                every |= mask
-            self.dependents[word] = every, every & self.words[word].bottom
+        self.dependents: dict[str, tuple[int, int]] = tables.DEPENDENTS
         # what there is to close when a word changed: the words with a need of it
-        built_on: dict[str, dict[str, None]] = {}
-        for word, rows in self.requirements.items():
-            for need in rows:
-                built_on.setdefault(need.base, {})[word] = None
-        self.built_on = {base: tuple(built) for base, built in built_on.items()}
+        self.built_on: dict[str, tuple[str, ...]] = tables.BUILT_ON
         # index of an MSR → the word and the bit that stand for it as state
         self.state_msrs: dict[int, tuple[str, int]] = tables.STATE_MSRS
         # (word, bit, kvm: word, mask of its answer) of the state that a capability tells about

@@ -34,17 +34,18 @@ _WORD = re.compile(rf"{_SUBLEAF}\.e[abcd]x|{_REST}")
 _WHOLE = re.compile(rf"{_LEAF}|{_SUBLEAF}|{_SUBLEAF}\.e[abcd]x|{_REST}")
 
 
-def _sibling(name: str) -> Any:
+def _module_of(name: str) -> Any:
     """A module of the pure core by its file, as kvmneg itself is not installed while it is being built."""
     path = Path(__file__).resolve().parent.parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-rules = _sibling("rules")
+rules = _module_of("rules")
+needs = _module_of("catalog/needs")
 # A field of these cannot be a base: less of it may be more (0 is "no limit"), or it is never merged.
 _NO_BASE = rules.UNMERGED | {
     rules.EQUAL, rules.MINIMUM_NONZERO, rules.LOWEST, rules.SIGNED_MINIMUM, rules.HIGHEST, rules.EQUAL_OR_ONE,
@@ -287,8 +288,16 @@ def _word(tables: Tables, word: str, features: list[Feature]) -> tuple[Any, ...]
     return word, masks[rules.AND], masks[rules.OR], masks[rules.HINT], tuple(numbers), known, follow
 
 
+def _bottom(row: tuple[Any, ...]) -> int:
+    """The bottom of one row of WORDS."""
+    _word, _and, bottom, _hint, numbers, *_ = row
+    for shift, width, rule, *unset in numbers:
+        bottom |= (0 if unset else rules.RULES[rule].bottom(width)) << shift
+    return int(bottom)
+
+
 def merging(tables: Tables) -> str:
-    """The module that merging needs: WORDS, LEAVES, REQUIRES, POLICY, GROUPS (see catalog/__init__.py)."""
+    """The module that merging needs: WORDS, LEAVES, POLICY, GROUPS and more (see catalog/__init__.py)."""
     # a word of a whole leaf that is only recorded has names, and no more
     words = [
         _word(tables, word, features)
@@ -301,13 +310,19 @@ def merging(tables: Tables) -> str:
         if feature.rule == rules.POLICY
     ]
     # one row for all features of a word that need the same: closing costs by the row
-    needs: dict[tuple[str, str, int, int], int] = {}
-    for feature in _bases_first(tables):
+    rows: dict[tuple[str, str, int, int], int] = {}
+
+    def bases(name: str) -> list[str]:
+        required = tables.features[name].row.get("requires", ())
+        return [tables.whole(tables.requirement(name, text)[0]).name for text in required]
+
+    for feature in (tables.features[name] for name in needs.bases_first(tables.features, bases)):
         for text in feature.row.get("requires", ()) if feature.rule not in rules.UNMERGED else ():
             base, least = tables.requirement(feature.name, text)
             key = (feature.word, base.word, base.mask, least << base.shift)
-            needs[key] = needs.get(key, 0) | feature.mask
-    requires = [(word, mask, *rest) for (word, *rest), mask in needs.items()]
+            rows[key] = rows.get(key, 0) | feature.mask
+    requires = [(word, mask, *rest) for (word, *rest), mask in rows.items()]
+    closing = needs.arranged(requires, {row[0]: _bottom(row) for row in words})
     leaves = {leaf: rule for leaf, (rule, _why) in tables.leaves.items()}
     groups = list(tables.groups.items())
     every = tables.features.values()
@@ -317,26 +332,8 @@ def merging(tables: Tables) -> str:
         for one in every
         if "capability" in one.row
     ]
-    parts = {"WORDS": words, "LEAVES": leaves, "REQUIRES": requires, "POLICY": policy, "GROUPS": groups}
+    parts = {"WORDS": words, "LEAVES": leaves, **closing, "POLICY": policy, "GROUPS": groups}
     return _module({**parts, "STATE_MSRS": msrs, "STATE_CAPABILITIES": told})
-
-
-def _bases_first(tables: Tables) -> list[Feature]:
-    """The features, each after what it is built on where there is no circle: closing needs few rounds."""
-    placed: dict[str, Feature] = {}
-    open_names: set[str] = set()
-
-    def place(feature: Feature) -> None:
-        if feature.name in placed or feature.name in open_names:
-            return
-        open_names.add(feature.name)
-        for text in feature.row.get("requires", ()):
-            place(tables.whole(tables.requirement(feature.name, text)[0]))
-        placed[feature.name] = feature
-
-    for feature in tables.features.values():
-        place(feature)
-    return list(placed.values())
 
 
 def naming(tables: Tables) -> str:
@@ -345,8 +342,8 @@ def naming(tables: Tables) -> str:
     def row(feature: Feature) -> tuple[Any, ...]:
         # a control is nothing without its word
         word = (tables.whole(feature).name,) if feature.name in tables.controls else ()
-        needs = (*word, *feature.row.get("requires", ()))
-        return (*feature[:5], needs, *(feature.row.get(key, "") for key in _TEXT_KEYS))
+        required = (*word, *feature.row.get("requires", ()))
+        return (*feature[:5], required, *(feature.row.get(key, "") for key in _TEXT_KEYS))
 
     return _module(
         {
