@@ -213,7 +213,7 @@ struct kvmneg_probe {
         struct kvmneg_msrs *feature_msrs;
         struct kvmneg_indices *state_msrs;
         uint64_t xcomp_guest_supp;
-        uint64_t mce_cap;
+        uint64_t mce_cap; /* with a vCPU what it keeps of them: SVM takes more than it keeps */
         struct kvmneg_tsc tsc;
         int32_t emulated_error; /* 0 or a negative errno */
         int32_t hyperv_error;

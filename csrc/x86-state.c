@@ -81,14 +81,33 @@ int kvmneg_try_mce(int vcpu_fd, uint64_t capabilities, uint64_t *ret_shown, stru
         return 0;
 }
 
+/* What is left of the machine checks on a vCPU: SVM drops all but MCG_CTL_P after it accepted them (svm_setup_mce). */
+static int probe_mce(int kvm_fd, int vcpu_fd, uint32_t banks, uint64_t *ret_capabilities, struct kvmneg_trace *trace) {
+        uint64_t capabilities, shown;
+        int r = kvmneg_get_mce_cap(kvm_fd, &capabilities, trace);
+
+        if (r < 0)
+                return r;
+        if (vcpu_fd >= 0 && banks > 0) {
+                r = kvmneg_try_mce(vcpu_fd, capabilities | (banks & 0xff), &shown, trace);
+                if (r < 0)
+                        return r;
+                capabilities &= shown;
+        }
+        *ret_capabilities = capabilities;
+        return 0;
+}
+
 int kvmneg_internal_probe_state(int kvm_fd, int vcpu_fd, struct kvmneg_probe *probe, struct kvmneg_trace *trace) {
         bool scales = probe->capabilities.system[KVM_CAP_TSC_CONTROL] > 0;
+        int32_t banks = probe->capabilities.system[KVM_CAP_MCE];
         int r;
 
         r = kvmneg_internal_optional(kvmneg_get_state_msrs(kvm_fd, 0, &probe->state_msrs, trace), &probe->state_msrs_error);
         if (r < 0)
                 return r;
-        r = kvmneg_internal_optional(kvmneg_get_mce_cap(kvm_fd, &probe->mce_cap, trace), &probe->mce_error);
+        r = probe_mce(kvm_fd, vcpu_fd, banks > 0 ? (uint32_t) banks : 0, &probe->mce_cap, trace);
+        r = kvmneg_internal_optional(r, &probe->mce_error);
         if (r < 0)
                 return r;
         r = vcpu_fd >= 0 ? kvmneg_get_tsc(vcpu_fd, scales, &probe->tsc, trace) : -ENXIO;

@@ -32,6 +32,7 @@ OPTIONAL = {  # parts a KVM may lack: kvmneg_probe() goes on without them
     "KVM_GET_DEVICE_ATTR",
     "KVM_GET_MSR_INDEX_LIST",
     "KVM_X86_GET_MCE_CAP_SUPPORTED",
+    "KVM_X86_SETUP_MCE",
     "KVM_GET_TSC_KHZ",
     "KVM_SET_TSC_KHZ",
 }

@@ -234,7 +234,7 @@ def test_each_architecture_is_loaded_alone() -> None:
         "import sys; from kvmneg.features import catalog; catalog.load('arm64');"
         "assert not [n for n in sys.modules if n.endswith(('_x86_64', '_names'))]"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)
 
 
 def test_rules_that_only_one_architecture_has_are_in_use() -> None:

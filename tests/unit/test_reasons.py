@@ -212,7 +212,7 @@ def test_every_parameter_names_something() -> None:
 def test_no_table_is_read_before_something_is_missing() -> None:
     """A start pays for no table: json and the kernels' masks come with the first blocker."""
     code = "import sys, kvmneg.policy.negotiation; print('kvmneg.policy.kernels' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"
 
 
