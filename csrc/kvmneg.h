@@ -191,6 +191,73 @@ int kvmneg_try_msrs(int vcpu_fd, const struct kvmneg_msrs *msrs, struct kvmneg_m
                     struct kvmneg_trace *trace);
 
 int kvmneg_try_mce(int vcpu_fd, uint64_t capabilities, uint64_t *ret_shown, struct kvmneg_trace *trace);
+/* -- what a running guest sees ------------------------------------------------------------------------- */
+
+enum {
+        KVMNEG_QUESTIONS_MAX = 1023, /* as many as the proof guest's memory has room for */
+        KVMNEG_PROOF_SLOT = 0,       /* the VM's memory slot that the guest's memory has while it runs, at address 0 */
+};
+
+enum {
+        KVMNEG_MODE_REAL, /* real mode */
+        KVMNEG_MODE_CPL0, /* long mode, as a kernel */
+        KVMNEG_MODE_CPL3, /* long mode, as a user's program */
+};
+
+enum {
+        KVMNEG_ASK_CPUID = 1, /* CPUID of `index`, `subleaf`: EAX, EBX, ECX, EDX */
+        KVMNEG_ASK_MSR,       /* RDMSR of `index`: EAX is answer[0], EDX answer[3] */
+        KVMNEG_ASK_XCR,       /* XGETBV of `index`: the same */
+        KVMNEG_ASK_RUN,       /* CALL of `code`, which ends in RET and leaves RDI and RBP alone; not in real mode */
+};
+
+enum {
+        KVMNEG_OUTCOME_OPEN,     /* it was not come to: time was over before, or real mode passes over it */
+        KVMNEG_OUTCOME_ANSWERED, /* it was done */
+        KVMNEG_OUTCOME_FAULTED,  /* it raised the exception with the vector in `detail`: 6 #UD, 13 #GP */
+        KVMNEG_OUTCOME_ENDED,    /* the guest left by it, for the KVM_EXIT_* in `detail` or KVMNEG_EXIT_TIME */
+        KVMNEG_EXIT_TIME = 0x7fff0001, /* it did not come to an end in the time it had */
+};
+
+/* One thing the guest does, and what came of it. 64 bytes. */
+struct kvmneg_question {
+        uint32_t kind; /* KVMNEG_ASK_* */
+        uint32_t index;
+        uint32_t subleaf;
+        uint32_t outcome; /* KVMNEG_OUTCOME_*; this and the next two are not looked at in a question */
+        uint32_t detail;
+        uint32_t answer[4];
+        uint8_t code[28];
+};
+
+struct kvmneg_questions {
+        uint32_t count;
+        uint32_t padding;
+        uint64_t xcr0; /* what the guest is to have in XCR0, 0 for what it has; the guest can be asked what it has */
+        struct kvmneg_question entries[];
+};
+
+/*
+ * Runs a guest on a vCPU and has it answer questions, in their order. The VM must have no memory at guest-physical
+ * addresses below 128 KiB and none in slot KVMNEG_PROOF_SLOT; it has none of this guest's afterwards. The vCPU has what
+ * it was given (CPUID, MSRs, capabilities), and by its first run KVM freezes its CPUID; registers are lost, and it may
+ * be asked again, in another mode too. All runs together take at most `milliseconds`.
+ *
+ * The calling thread has SIGRTMAX blocked meanwhile, and one that is pending for it is taken away.
+ *
+ *   -E2BIG   more than KVMNEG_QUESTIONS_MAX
+ *   -EINVAL  no such mode or kind of question, no time, or KVM does not take the registers of that mode
+ *   -EEXIST  the VM has memory there
+ *
+ * Release with kvmneg_free(). api.rst 4.10 (KVM_RUN), 4.35 (KVM_SET_USER_MEMORY_REGION), 5 (struct kvm_run).
+ */
+int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t milliseconds,
+                     const struct kvmneg_questions *questions, struct kvmneg_questions **ret_answers,
+                     struct kvmneg_trace *trace);
+
+/* KVM_CAP_ENFORCE_PV_FEATURE_CPUID (api.rst 7.26) on a vCPU: KVM's own MSRs of features that its CPUID hides raise #GP.
+ * -EINVAL up to Linux 5.9. */
+int kvmneg_enforce_pv_cpuid(int vcpu_fd, struct kvmneg_trace *trace);
 
 /* XSAVE components a guest can be given: KVM_X86_XCOMP_GUEST_SUPP by KVM_GET_DEVICE_ATTR on /dev/kvm (api.rst 4.80),
  * from Linux 5.17; -EINVAL, -ENOTTY or -ENXIO before. Bits as in XCR0. */

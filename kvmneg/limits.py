@@ -50,6 +50,7 @@ CPUID_ENTRIES = 256  # KVM_MAX_CPUID_ENTRIES
 FEATURE_MSRS = 1024
 TSC_KHZ = (1 << 31) - 1  # KVM scales to no higher rate on any CPU
 VOLATILE_SECONDS = 1.0  # inputs that change without an event are never older at Negotiate
+GUEST_SECONDS = 10.0  # for all a proof guest does in one mode; emulated hosts need a second
 VMM_BUILDS = 64  # VMM binaries whose version is looked up
 QEMU_SECONDS = 10.0  # for an installed QEMU to say what it knows, or to start paused
 HISTORY_ROWS = 1000  # audit records in one reply

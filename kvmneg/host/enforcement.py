@@ -9,7 +9,7 @@ three tables are tried: the offer, the offer without any of its bits, and nothin
 with its value and without its bits. The vCPU never runs, and a vCPU that never ran takes another table each
 time (KVM freezes CPUID at the first KVM_RUN, Linux 5.16 and later).
 
-What this cannot see is what KVM shows to a running guest besides: only a guest sees that.
+What this cannot see is what KVM shows to a running guest besides: only a guest sees that (kvmneg.host.proof_x86).
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 
 REPLACED = "replaced"  # KVM takes the word and shows another value
 REFUSED = "refused"  # KVM does not take the word
+LEAKS = (
+    "leaks"  # KVM takes it and says so, and a running guest sees bits that it hides (kvmneg.host.proof_x86)
+)
 UNTESTED = "untested"  # nothing reads it back: capabilities, Hyper-V's leaves, devices
-_BY_SEVERITY = (UNTESTED, REPLACED, REFUSED)
+_BY_SEVERITY = (UNTESTED, LEAKS, REPLACED, REFUSED)
 
 _EVERY_32, _EVERY_64 = (1 << 32) - 1, (1 << 64) - 1
 # What KVM sets by itself, whatever it was given (kvm_update_cpuid_runtime in arch/x86/kvm/cpuid.c).
-_KVMS_OWN = {
+KVMS_OWN = {
     "cpuid:0x1.0.ecx": 1 << 27 | 1 << 3,  # OSXSAVE follows CR4; MONITOR follows MSR 0x1a0 without its quirk
     "cpuid:0x1.0.edx": 1 << 9,  # APIC follows MSR 0x1b
     "cpuid:0x7.0.ecx": 1 << 4,  # OSPKE follows CR4
@@ -48,7 +51,7 @@ _Register = tuple[str, int, int]
 _ZERO = (0, 0, 0, 0)
 
 
-def _register(word: str) -> _Register:
+def register(word: str) -> _Register:
     """By its rules; words that nobody catalogued are compared in full, topology is the VMM's."""
     catalog = catalogs.load(words.X86_64)
     every = _EVERY_64 if word.startswith("msr:") else _EVERY_32
@@ -60,7 +63,7 @@ def _register(word: str) -> _Register:
     for name, mask, _constant in catalog.policy:
         if name == word:
             compared |= mask
-    compared &= ~_KVMS_OWN.get(word, 0)
+    compared &= ~KVMS_OWN.get(word, 0)
     kept = rule.known & ~rule.bits_mask
     if every == _EVERY_64:
         kept |= rule.or_mask  # KVM checks MSRs: 0x486 may not lose what CR0 must have
@@ -71,11 +74,11 @@ class _Registers(dict[tuple[int, int], "tuple[_Register, ...]"]):
     """(leaf, subleaf) → its four registers, made when first seen."""
 
     def __missing__(self, key: tuple[int, int]) -> tuple[_Register, ...]:
-        self[key] = row = tuple(_register(words.cpuid_word(*key, name)) for name in words.REGISTERS)
+        self[key] = row = tuple(register(words.cpuid_word(*key, name)) for name in words.REGISTERS)
         return row
 
 
-_registers = _Registers()
+registers = _Registers()
 
 
 def grades(kvm: Kvm, scratch: Scratch, probe: Probe, offer: Mapping[str, int]) -> dict[str, str]:
@@ -84,13 +87,13 @@ def grades(kvm: Kvm, scratch: Scratch, probe: Probe, offer: Mapping[str, int]) -
     `scratch` is used up: its vCPU keeps the last table tried. Never raises: a host is worth a report without
     grades.
     """
-    trial = _Trial(kvm, scratch)
+    trial = Trial(kvm, scratch)
     try:
-        offered = trial.cpuid([_offered(entry, offer) for entry in probe.supported], [])
+        offered = trial.cpuid([offered_entry(entry, offer) for entry in probe.supported], [])
         trial.msrs(probe.feature_msrs)
         if probe.mce_cap is not None:
             trial.mce(offer[_MCG_CAP])
-        trial.cpuid([_lowered(entry) for entry in offered], offered)
+        trial.cpuid([lowered_entry(entry) for entry in offered], offered)
         trial.cpuid([_with(entry, _ZERO) for entry in offered], offered)
     except KvmFault:
         return {}
@@ -122,24 +125,24 @@ def _with(entry: CpuidEntry, values: Iterable[int]) -> CpuidEntry:
     return entry._replace(eax=eax, ebx=ebx, ecx=ecx, edx=edx)
 
 
-def _offered(entry: CpuidEntry, offer: Mapping[str, int]) -> CpuidEntry:
+def offered_entry(entry: CpuidEntry, offer: Mapping[str, int]) -> CpuidEntry:
     """A leaf as it is offered: with what VMMs give, without what a guest cannot be permitted."""
     if entry[3:] == _ZERO:  # half of all tables; saves making their addresses
         return entry
-    rows = zip(_registers[entry[:2]], entry[3:], strict=True)
+    rows = zip(registers[entry[:2]], entry[3:], strict=True)
     return _with(entry, (offer.get(word, value) for (word, _, _), value in rows))
 
 
-def _lowered(entry: CpuidEntry) -> CpuidEntry:
+def lowered_entry(entry: CpuidEntry) -> CpuidEntry:
     """A leaf without its bits; numbers, and what is the VMM's, stay."""
     if entry[3:] == _ZERO:
         return entry
-    rows = zip(_registers[entry[:2]], entry[3:], strict=True)
+    rows = zip(registers[entry[:2]], entry[3:], strict=True)
     return _with(entry, (value & kept for (_, _, kept), value in rows))
 
 
-class _Trial:
-    """What was found so far: word → grade, and the MSR words that KVM was given."""
+class Trial:
+    """What a scratch vCPU was given, and what was found: word → grade, and the MSR words that KVM was given."""
 
     __slots__ = ("_kvm", "_scratch", "found", "tried")
 
@@ -173,7 +176,7 @@ class _Trial:
 
     def _grade(self, entries: Iterable[CpuidEntry], grade: str) -> None:
         for entry in entries:
-            for word, compared, _ in _registers[entry[:2]]:
+            for word, compared, _ in registers[entry[:2]]:
                 if compared:
                     self.found.setdefault(word, grade)
 
@@ -184,21 +187,21 @@ class _Trial:
         rows += [(key, _ZERO, values) for key, values in rest.items()]
         for key, ours, theirs in rows:
             if ours != theirs:
-                for (word, compared, _), mine, other in zip(_registers[key], ours, theirs, strict=True):
+                for (word, compared, _), mine, other in zip(registers[key], ours, theirs, strict=True):
                     if (mine ^ other) & compared:
                         self.found.setdefault(word, REPLACED)
 
     def msrs(self, values: Mapping[int, int]) -> None:
         """Try each feature MSR with its value, then without its bits."""
-        rows = {index: _register(words.msr_word(index)) for index in values}
+        rows = {index: register(words.msr_word(index)) for index in values}
         exact = {index: value for index, value in values.items() if rows[index][1]}
         self._msrs(rows, exact)
-        lowered = {index: _lowered_msr(rows[index], value) for index, value in exact.items()}
+        lowered = {index: lowered_msr(rows[index], value) for index, value in exact.items()}
         self._msrs(rows, {index: value for index, value in lowered.items() if value != exact[index]})
 
     def mce(self, value: int) -> None:
         """Try the machine checks, which have an ioctl of their own, then without their bits."""
-        row = _register(_MCG_CAP)
+        row = register(_MCG_CAP)
         for given in (value, value & row[2]):
             shown = self._kvm.try_mce(self._scratch, given)
             if shown is None:
@@ -218,7 +221,7 @@ class _Trial:
                 self.tried.add(word)
 
 
-def _lowered_msr(row: _Register, value: int) -> int:
+def lowered_msr(row: _Register, value: int) -> int:
     """An MSR without its bits. Numbers stay, for KVM takes few other values; VMX controls to what must be 1."""
     rule = catalogs.load(words.X86_64).words.get(row[0])
     if rule is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ctypes
+    from collections.abc import Callable
 
 _KVMIO = 0xAE  # linux/kvm.h
 _VHOST_VIRTIO = 0xAF  # linux/vhost_types.h
@@ -63,6 +64,17 @@ def kvm() -> dict[str, int]:
         "KVM_SET_TSC_KHZ": IO(_KVMIO, 0xA2),
         "KVM_GET_TSC_KHZ": IO(_KVMIO, 0xA3),
         "KVM_GET_SUPPORTED_HV_CPUID": IOWR(_KVMIO, 0xC1, layouts["kvm_cpuid2"]),
+        # x86's proof guests
+        "KVM_GET_VCPU_MMAP_SIZE": IO(_KVMIO, 0x04),
+        "KVM_SET_USER_MEMORY_REGION": IOW(_KVMIO, 0x46, layouts["kvm_userspace_memory_region"]),
+        "KVM_SET_TSS_ADDR": IO(_KVMIO, 0x47),
+        "KVM_RUN": IO(_KVMIO, 0x80),
+        "KVM_SET_REGS": IOW(_KVMIO, 0x82, layouts["kvm_regs"]),
+        "KVM_GET_SREGS": IOR(_KVMIO, 0x83, layouts["kvm_sregs"]),
+        "KVM_SET_SREGS": IOW(_KVMIO, 0x84, layouts["kvm_sregs"]),
+        "KVM_SET_SIGNAL_MASK": IOW(_KVMIO, 0x8B, layouts["kvm_signal_mask"]),
+        "KVM_SET_VCPU_EVENTS": IOW(_KVMIO, 0xA0, layouts["kvm_vcpu_events"]),
+        "KVM_SET_XCRS": IOW(_KVMIO, 0xA7, layouts["kvm_xcrs"]),
         # arm64
         "KVM_GET_ONE_REG": IOW(_KVMIO, 0xAB, layouts["kvm_one_reg"]),
         "KVM_SET_ONE_REG": IOW(_KVMIO, 0xAC, layouts["kvm_one_reg"]),
@@ -88,6 +100,7 @@ def _kvm_layouts() -> dict[str, type[ctypes.Structure]]:
     entry = structure("kvm_cpuid_entry2", *((word, u32) for word in words), ("padding", u32 * 3))
     msr = structure("kvm_msr_entry", ("index", u32), ("reserved", u32), ("data", u64))
     return {
+        **_guest_layouts(structure),
         "kvm_cpuid2": structure("kvm_cpuid2", ("nent", u32), ("padding", u32), ("entries", entry * 0)),
         "kvm_msr_list": structure("kvm_msr_list", ("nmsrs", u32), ("indices", u32 * 0)),
         "kvm_msrs": structure("kvm_msrs", ("nmsrs", u32), ("pad", u32), ("entries", msr * 0)),
@@ -103,3 +116,33 @@ def _kvm_layouts() -> dict[str, type[ctypes.Structure]]:
         "kvm_vcpu_init": structure("kvm_vcpu_init", ("target", u32), ("features", u32 * 7)),
         "kvm_reg_list": structure("kvm_reg_list", ("n", u64), ("reg", u64 * 0)),
     }
+
+
+def _guest_layouts(structure: Callable[..., type[ctypes.Structure]]) -> dict[str, type[ctypes.Structure]]:
+    """What an x86 vCPU's state is set by."""
+    from ctypes import c_uint8 as u8
+    from ctypes import c_uint16 as u16
+    from ctypes import c_uint32 as u32
+    from ctypes import c_uint64 as u64
+
+    segment = structure(
+        "kvm_segment", ("base", u64), ("limit", u32), ("selector", u16), ("attributes", u8 * 10)
+    )
+    table = structure("kvm_dtable", ("base", u64), ("limit", u16), ("padding", u16 * 3))
+    xcr = structure("kvm_xcr", ("xcr", u32), ("reserved", u32), ("value", u64))
+    region = ("guest_phys_addr", "memory_size", "userspace_addr")
+    return {
+        "kvm_userspace_memory_region": structure(
+            "kvm_userspace_memory_region", ("slot", u32), ("flags", u32), *((name, u64) for name in region)
+        ),
+        "kvm_regs": structure("kvm_regs", ("registers", u64 * 16), ("rip", u64), ("rflags", u64)),
+        "kvm_sregs": structure(
+            "kvm_sregs", ("segments", segment * 8), ("tables", table * 2), ("registers", u64 * 7),
+            ("interrupts", u64 * 4),
+        ),
+        "kvm_signal_mask": structure("kvm_signal_mask", ("len", u32), ("sigset", u8 * 0)),
+        "kvm_vcpu_events": structure("kvm_vcpu_events", ("state", u8 * 64)),
+        "kvm_xcrs": structure(
+            "kvm_xcrs", ("nr_xcrs", u32), ("flags", u32), ("xcrs", xcr * 16), ("padding", u64 * 16)
+        ),
+    }  # fmt: skip

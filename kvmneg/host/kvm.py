@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One handle on /dev/kvm: the Python face of libkvmneg (csrc/kvmneg.h), which makes every ioctl.
 
-The only module that imports the extension, besides kvm_arm64.py for what is arm64's. A call releases the
-interpreter's lock while it is in C. Masks and registers are ints, tables are lists of named tuples; nothing here
-interprets them.
+The only module that imports the extension, besides its parts: kvm_arm64.py for what is arm64's, guest_x86.py for
+proof guests. A call releases the interpreter's lock while it is in C. Masks and registers are ints, tables are lists of
+named tuples; nothing here interprets them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Tsc(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """A VM with one vCPU that never runs; descriptors, which Kvm.scratch() owns."""
+    """A VM with one vCPU, which runs nothing but proof guests; descriptors, which Kvm.scratch() owns."""
 
     vm: int
     vcpu: int

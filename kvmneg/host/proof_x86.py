@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What guests see on this x86 KVM of what they are to see: proof guests on a scratch VM for each table.
+
+    sights(kvm, table, base)          {word: Sight}: promised, set, read back, seen in each mode, and the grade
+    paravirtual(kvm, entries)          whether KVM's own MSRs are refused to a guest that CPUID hides them from
+    instructions(kvm, offered, hidden, features)   {feature: "trapped", "hidden only" or "untested"}
+
+A word is honoured where KVM reads it back and every guest that could ask saw it as it was set; bits that KVM owns
+(OSXSAVE) or that are the VMM's (topology) are not compared. A guest asks in real mode and in long mode as a kernel and
+as a user's program, for a KVM that does not intercept CPUID in one of them shows the CPU's own there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvmneg.features import catalog as catalogs
+from kvmneg.features import words
+from kvmneg.host import enforcement
+from kvmneg.host import guest_x86 as guest
+from kvmneg.host.enforcement import LEAKS, REFUSED, REPLACED, UNTESTED
+from kvmneg.host.guest_x86 import Question
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from kvmneg.host.guest_x86 import Answer
+    from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch
+
+HONOURED = "honoured"
+TRAPPED = "trapped"  # the instruction raises #UD
+HIDDEN_ONLY = "hidden only"  # the CPU executes it all the same
+
+# KVM's own MSRs by the feature that announces them (Documentation/virt/kvm/x86/cpuid.rst and msr.rst)
+PARAVIRTUAL_MSRS = {
+    "kvmclock-old": (0x11, 0x12),
+    "kvmclock": (0x4B564D00, 0x4B564D01),
+    "kvm-asyncpf": (0x4B564D02,),
+    "kvm-steal-time": (0x4B564D03,),
+    "kvm-pv-eoi": (0x4B564D04,),
+    "kvm-poll-control": (0x4B564D05,),
+    "kvm-asyncpf-int": (0x4B564D06, 0x4B564D07),
+    "kvm-migration-control": (0x4B564D08,),
+}
+PARAVIRTUAL = "cpuid:0x40000001.0.eax"
+_XCR0 = "cpuid:0xd.0.eax"
+_XTILE = 3 << 17  # AMX: permission to have it is the process's to ask for
+_EVERY_32, _EVERY_64 = (1 << 32) - 1, (1 << 64) - 1
+
+
+class Table(NamedTuple):
+    """What a guest is to see. `bound`: word → the bits that were promised; None: by the words' rules."""
+
+    entries: list[CpuidEntry]
+    msrs: Mapping[int, int]
+    bound: Mapping[str, int] | None = None
+
+
+class Sight(NamedTuple):
+    """One word. `shown` is what KVM reads back, `seen` by mode what a guest saw; None where neither was possible."""
+
+    bound: int  # the bits that are compared
+    value: int  # what it was set to, all bits
+    shown: int | None
+    seen: tuple[int | None, ...]
+    grade: str
+
+
+class Standing(NamedTuple):
+    """A KVM MSR's feature: whether CPUID shows it, and whether a guest's RDMSR is refused, None where untested."""
+
+    shown: bool
+    refused: bool | None  # without KVM_CAP_ENFORCE_PV_FEATURE_CPUID
+    refused_enforced: bool | None  # with it
+
+
+def sights(kvm: Kvm, table: Table, base: Sequence[CpuidEntry] = ()) -> dict[str, Sight]:
+    """Every CPUID register and MSR of a table as guests see it. `base` is a table KVM takes. Raises KvmFault."""
+    with kvm.scratch() as scratch:
+        trial = enforcement.Trial(kvm, scratch)
+        taken = trial.cpuid(table.entries, list(base))
+        read_back = kvm.try_cpuid(scratch, taken) or []
+        msrs = kvm.try_msrs(scratch, table.msrs)
+        asked = [*taken, *read_back]  # KVM may have added a leaf
+        seen = [
+            _seen(kvm, scratch, mode, asked, xcr0=xcr0_of(taken), msrs=table.msrs) for mode in guest.MODES
+        ]
+    refused = {word for word, grade in trial.found.items() if grade == REFUSED}
+    refused.update(words.msr_word(index) for index, found in msrs.items() if found.unset)
+    shown: dict[str, int | None] = {**dict.fromkeys(_by_word(taken), 0), **_by_word(read_back)}
+    shown.update(
+        (words.msr_word(index), None if found.unread else found.value) for index, found in msrs.items()
+    )
+    wanted = {**dict.fromkeys(shown, 0), **_by_word(table.entries)}
+    wanted.update((words.msr_word(index), value) for index, value in table.msrs.items())
+    return {
+        word: _sight(table, word, value, word in refused, [shown.get(word), *(one.get(word) for one in seen)])
+        for word, value in wanted.items()
+    }
+
+
+def _by_word(entries: Iterable[CpuidEntry]) -> dict[str, int]:
+    return {
+        word: value
+        for entry in entries
+        for (word, _, _), value in zip(enforcement.registers[entry[:2]], entry[3:], strict=True)
+    }
+
+
+def _sight(table: Table, word: str, value: int, refused: bool, views: Sequence[int | None]) -> Sight:
+    """`views`: what KVM reads back, then what guests saw by mode."""
+    if table.bound is None:
+        compared = enforcement.register(word)[1]
+    else:
+        compared = table.bound.get(word, 0) & ~enforcement.KVMS_OWN.get(word, 0)
+    shown, *seen = views
+    grade = REFUSED if refused and compared else grade_of(word, compared, value, shown, seen)
+    return Sight(compared, value, shown, tuple(seen), grade)
+
+
+def grade_of(word: str, compared: int, value: int, shown: int | None, seen: Sequence[int | None]) -> str:
+    """What came of a word that KVM took: what it reads back counts before what guests saw."""
+    found = [one for one in seen if one is not None]
+    if not compared:
+        return HONOURED
+    if shown is not None and (shown ^ value) & compared:
+        return REPLACED
+    rule = catalogs.load(words.X86_64).words.get(word)
+    bits = compared if rule is None else compared & rule.bits_mask
+    if any(one & ~value & bits for one in found):
+        return LEAKS
+    if any((one ^ value) & compared for one in found):
+        return REPLACED
+    if not found and (shown is None or not word.startswith("msr:")):
+        return UNTESTED  # no guest got as far; an MSR may be hidden from guests altogether
+    return HONOURED
+
+
+def xcr0_of(entries: Iterable[CpuidEntry]) -> int:
+    """All that a guest with this table may have in XCR0, but for AMX; 0 without XSAVE."""
+    found = next((entry for entry in entries if entry[:2] == (0xD, 0)), None)
+    value = (found.edx << 32 | found.eax) & ~_XTILE if found else 0
+    return value if value & 1 else 0
+
+
+def _seen(
+    kvm: Kvm, scratch: Scratch, mode: int, entries: Sequence[CpuidEntry], *, xcr0: int, msrs: Iterable[int]
+) -> dict[str, int]:
+    """Word → what a guest in this mode saw, without what it did not come to see."""
+    leaves = list(dict.fromkeys(entry[:2] for entry in entries))
+    indices = [] if mode == guest.CPL3 else list(msrs)  # RDMSR is a kernel's
+    questions = [Question(guest.ASK_CPUID, *leaf) for leaf in leaves]
+    questions += [Question(guest.ASK_MSR, index) for index in indices]
+    questions.append(Question(guest.ASK_XCR))
+    answers = _ask(kvm, scratch, mode, questions, xcr0)
+    found: dict[str, int] = {}
+    for leaf, answer in zip(leaves, answers, strict=False):
+        if answer.outcome == guest.ANSWERED:
+            row = zip(enforcement.registers[leaf], answer[2:], strict=True)
+            found.update((word, value) for (word, _, _), value in row)
+    for index, answer in zip(indices, answers[len(leaves) :], strict=False):
+        if answer.outcome == guest.ANSWERED:
+            found[words.msr_word(index)] = answer.wide
+    if answers[-1].outcome == guest.ANSWERED and _XCR0 in found:
+        found[_XCR0] |= answers[-1].eax & ~xcr0  # components it has and was not given
+    return found
+
+
+def _ask(kvm: Kvm, scratch: Scratch, mode: int, questions: Sequence[Question], xcr0: int) -> list[Answer]:
+    """The answers to any number of questions: a guest has room for guest.QUESTIONS."""
+    found: list[Answer] = []
+    for first in range(0, len(questions), guest.QUESTIONS):
+        part = questions[first : first + guest.QUESTIONS]
+        found += guest.ask(kvm, scratch, mode, part, xcr0=xcr0)
+    return found
+
+
+def paravirtual(kvm: Kvm, entries: Sequence[CpuidEntry]) -> dict[str, Standing]:
+    """How KVM's own MSRs stand for a guest's kernel under this table, by feature. Raises KvmFault."""
+    shown = _by_word(entries).get(PARAVIRTUAL, 0)
+    answers = [_paravirtual(kvm, entries, enforced) for enforced in (False, True)]
+    names = catalogs.names(words.X86_64)
+    return {
+        feature: Standing(bool(shown & names.feature(feature).mask), *(one.get(feature) for one in answers))
+        for feature in PARAVIRTUAL_MSRS
+    }
+
+
+def _paravirtual(kvm: Kvm, entries: Sequence[CpuidEntry], enforced: bool) -> dict[str, bool]:
+    """Feature → whether RDMSR of each of its MSRs raises #GP; without those that a guest could not try."""
+    with kvm.scratch() as scratch:
+        if kvm.try_cpuid(scratch, entries) is None or (enforced and not guest.enforce_pv_cpuid(kvm, scratch)):
+            return {}
+        indices = [index for each in PARAVIRTUAL_MSRS.values() for index in each]
+        answers = guest.ask(kvm, scratch, guest.CPL0, [Question(guest.ASK_MSR, index) for index in indices])
+    refused: dict[int, bool] = {}
+    for index, answer in zip(indices, answers, strict=True):
+        if answer.outcome in (guest.ANSWERED, guest.FAULTED):
+            refused[index] = answer.outcome == guest.FAULTED
+    return {
+        feature: all(refused[index] for index in each)
+        for feature, each in PARAVIRTUAL_MSRS.items()
+        if all(index in refused for index in each)
+    }
+
+
+def instructions(
+    kvm: Kvm, offered: Sequence[CpuidEntry], hidden: Sequence[CpuidEntry], features: Sequence[str]
+) -> dict[str, str]:
+    """Whether the instructions of features that `hidden` lacks are trapped: #UD, where `offered` lets them pass.
+
+    "untested" where a guest did not come to execute it in either. Raises KvmFault.
+    """
+    allowed, tried = _executed(kvm, offered, features), _executed(kvm, hidden, features)
+    marks = {}
+    for feature in features:
+        if True in tried[feature]:
+            marks[feature] = HIDDEN_ONLY
+        elif True in allowed[feature] and False in tried[feature]:
+            marks[feature] = TRAPPED
+        else:
+            marks[feature] = UNTESTED
+    return marks
+
+
+def _executed(
+    kvm: Kvm, entries: Sequence[CpuidEntry], features: Sequence[str]
+) -> dict[str, set[bool | None]]:
+    """Feature → what came of its instruction as a kernel and as a program: executed, #UD (False), or neither."""
+    from kvmneg.host.instructions_x86 import CODE  # the other guests run none
+
+    found: dict[str, set[bool | None]] = {feature: set() for feature in features}
+    with kvm.scratch() as scratch:
+        if kvm.try_cpuid(scratch, entries) is None:
+            return found
+        questions = [Question(guest.ASK_RUN, code=CODE[feature]) for feature in features]
+        for mode in (guest.CPL0, guest.CPL3):
+            answers = guest.ask(kvm, scratch, mode, questions, xcr0=xcr0_of(entries))
+            for feature, answer in zip(features, answers, strict=True):
+                found[feature].add(_came_through(answer))
+    return found
+
+
+def _came_through(answer: Answer) -> bool | None:
+    if answer.outcome == guest.FAULTED:
+        return answer.detail != guest.INVALID_OPCODE  # any other exception is the instruction's own
+    return True if answer.outcome == guest.ANSWERED else None
