@@ -36,6 +36,7 @@ COMMANDS = {
     "vm": ("vm", "take an offer for a VM; say that the VM runs, or is gone"),
     "rollback": ("rollback", "may guests of a new kernel go back to an old one, and under which fence?"),
     "watch": ("watch", "follow generation and state"),
+    "verify": ("verify", "run guests: do they see what they are to see, and nothing else?"),
     "import": ("importing", "turn another tool's output into a report"),
 }
 # Options that may stand before the command too; those with True take a value.

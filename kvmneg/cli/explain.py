@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from kvmneg.policy.vmm import Change
 
 _COLUMN = 15
+# what comes of hiding a feature whose instruction a guest executes all the same, or not
+_HIDING = {
+    "trapped": "trapped: without it, its instructions raise #UD",
+    "hidden only": "hidden only: a guest that does not look at CPUID executes its instructions all the same",
+    "untested": "untested: no guest came to execute its instructions",
+}
 _HOSTS = 8  # of one standing on the screen; the rest are counted
 
 
@@ -53,6 +59,7 @@ class Place:
             "cause": found.cause or None,
             "because": found.because or None,
             "enforcement": self.report.enforcement.get(feature.word),
+            "instruction": self.report.instructions.get(feature.name),
             "vmm": self.change.to_json() if self.change else None,
         }
 
@@ -81,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("a pool has one architecture")
     table = catalog.names(architecture)
     feature = find(table, arguments.feature)
+    if report and not arguments.report:
+        _try_hiding(report, feature, arguments.kvm)
     here = Place(feature, report, fence, arguments.vmm) if report else None
     places = [Place(feature, one, None, arguments.vmm) for one in pool]
     if arguments.json:
@@ -88,6 +97,27 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _show(table, feature, here, places)
     return 0
+
+
+def _try_hiding(report: Report, feature: Feature, path: str) -> None:
+    """Have a guest execute the instruction of a feature that is hidden from it, and put into the report what came."""
+    from kvmneg.errors import KvmFault, NoKvm
+    from kvmneg.features.words import X86_64
+
+    if report.architecture != X86_64 or feature.name in report.instructions:
+        return
+    from kvmneg.host import instructions_x86, verify_x86
+    from kvmneg.host.kvm import Kvm
+
+    if feature.name not in instructions_x86.CODE:
+        return
+    try:
+        with Kvm.open(path) as kvm:
+            mark = verify_x86.mark_of(kvm, feature.name)
+    except (NoKvm, KvmFault):
+        return  # the report is the daemon's, or there is no room for a guest: it is told without
+    if mark is not None:
+        report.instructions[feature.name] = mark
 
 
 def find(table: Names, text: str) -> Feature:
@@ -266,6 +296,8 @@ def _standing(screen: Screen, feature: Feature, place: Place) -> None:
         needs = f"; with {change.needs}" if change.needs else ""
         _row(screen, "vmm", f"{change.what}: {change.because}{needs} ({change.source})")
     _row(screen, "enforced", place.report.enforcement.get(feature.word, ""))
+    mark = place.report.instructions.get(feature.name, "")
+    _row(screen, "hiding it", _HIDING.get(mark, mark))
 
 
 def _pool(screen: Screen, feature: Feature, places: list[Place]) -> None:

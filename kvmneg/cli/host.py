@@ -236,7 +236,9 @@ def _enforcement(screen: Screen, report: Report) -> None:
         if names:
             screen.words(grade, names)
             screen.words("", _GRADES[grade].split(" "))
-    tried = "CPUID and feature MSRs, each set and read back; a running guest may see more"
+    tried = "CPUID and feature MSRs, each set and read back; a running guest may see more (kvmneg verify)"
+    if report.measured.get("guests"):
+        tried = f"CPUID and feature MSRs, each set and read back, and seen by guests ({report.measured['guests']})"
     screen.words("tried", tried.split(" "))
 
 

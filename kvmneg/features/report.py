@@ -30,6 +30,8 @@ class Report:
     `offer_words`, `accept_words`, `silicon_words` are raw word → value maps; `accept_words` holds only what
     differs from the offer. `measured`: at, by, host, source ("kvm", "recorded", or an importer's name).
     `combo`: everything that moves a measurement. `enforcement`: words that are not honoured, with the grade.
+    `instructions`: what guests came through with of features that were hidden from them, by feature: "trapped" (#UD),
+    "hidden only" (executed) or "untested".
 
     Of arm64 only: `settable_words`, the bits of registers that user space can change before the first run, proven by
     trial; `dropped_words`, bits of which a write was accepted and changed nothing; `registers`, KVM's list of ids.
@@ -37,7 +39,7 @@ class Report:
 
     __slots__ = (
         "_accepting", "_canonical", "_offer", "accept_words", "architecture", "combo", "dropped_words", "enforcement",
-        "identity", "measured", "offer_words", "registers", "settable_words", "silicon_words",
+        "identity", "instructions", "measured", "offer_words", "registers", "settable_words", "silicon_words",
     )  # fmt: skip
 
     def __init__(
@@ -51,6 +53,7 @@ class Report:
         accept: dict[str, int] | None = None,
         silicon: dict[str, int] | None = None,
         enforcement: dict[str, str] | None = None,
+        instructions: dict[str, str] | None = None,
         settable: dict[str, int] | None = None,
         dropped: dict[str, int] | None = None,
         registers: tuple[int, ...] = (),
@@ -63,6 +66,7 @@ class Report:
         self.accept_words = accept or {}
         self.silicon_words = silicon or {}
         self.enforcement = enforcement or {}
+        self.instructions = instructions or {}
         self.settable_words = settable or {}
         self.dropped_words = dropped or {}
         self.registers = registers
@@ -100,6 +104,7 @@ class Report:
                 offer={**self.offer_words, **self.accept_words},
                 silicon=self.silicon_words,
                 enforcement=self.enforcement,
+                instructions=self.instructions,
                 settable=self.settable_words,
                 dropped=self.dropped_words,
                 registers=self.registers,
@@ -126,6 +131,7 @@ class Report:
             "accept": _texts(self.accept_words),
             "silicon": _texts(self.silicon_words),
             "enforcement": self.enforcement,
+            "instructions": self.instructions,
             "settable": _texts(self.settable_words),
             "dropped": _texts(self.dropped_words),
             "registers": [f"{register:#x}" for register in self.registers],
@@ -173,6 +179,7 @@ class Report:
             accept=_values(document, "accept", file),
             silicon=_values(document, "silicon", file),
             enforcement=_strings(document, "enforcement", file),
+            instructions=_strings(document, "instructions", file),
             settable=_values(document, "settable", file),
             dropped=_values(document, "dropped", file),
             registers=_registers(document, file),

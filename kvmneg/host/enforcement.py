@@ -30,7 +30,7 @@ LEAKS = (
     "leaks"  # KVM takes it and says so, and a running guest sees bits that it hides (kvmneg.host.proof_x86)
 )
 UNTESTED = "untested"  # nothing reads it back: capabilities, Hyper-V's leaves, devices
-_BY_SEVERITY = (UNTESTED, LEAKS, REPLACED, REFUSED)
+_BY_SEVERITY = (UNTESTED, REPLACED, LEAKS, REFUSED)
 
 _EVERY_32, _EVERY_64 = (1 << 32) - 1, (1 << 64) - 1
 # What KVM sets by itself, whatever it was given (kvm_update_cpuid_runtime in arch/x86/kvm/cpuid.c).
@@ -113,9 +113,16 @@ def worst(each: Sequence[Mapping[str, str]]) -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     for grades in each:
-        for word, grade in grades.items():
-            if word not in found or _BY_SEVERITY.index(grade) > _BY_SEVERITY.index(found[word]):
-                found[word] = grade
+        found = joined(found, grades)
+    return found
+
+
+def joined(grades: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
+    """Two tables of grades as one, in the order of addresses: the worse grade of a word that is in both."""
+    found = dict(grades)
+    for word, grade in others.items():
+        if word not in found or _BY_SEVERITY.index(grade) > _BY_SEVERITY.index(found[word]):
+            found[word] = grade
     return {word: found[word] for word in sorted(found, key=words.order)}
 
 

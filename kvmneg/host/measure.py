@@ -22,10 +22,11 @@ from kvmneg.host.volatile import Volatile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any, Self
 
     from kvmneg.host.kvm import CpuidEntry, Probe
+    from kvmneg.host.proof import Kept
     from kvmneg.host.software import CpuClass
     from kvmneg.host.visit import Plan
 
@@ -35,7 +36,7 @@ ARCHITECTURE = ARM64 if os.uname().machine == "aarch64" else X86_64
 class Measurer:
     """Measures this host again and again. A context manager; one thread at a time."""
 
-    __slots__ = ("_path", "_roots", "_silicon", "_volatile", "vmms")
+    __slots__ = ("_path", "_roots", "_silicon", "_volatile", "proven", "vmms")
 
     def __init__(self, path: str = "/dev/kvm", *, roots: Roots = Roots()) -> None:  # noqa: B008 (immutable)
         self._path = path
@@ -45,6 +46,8 @@ class Measurer:
         self._silicon: tuple[Plan, list[list[CpuidEntry]]] | None = None
         # VMM builds, as kvmneg.host.vmm.known() gives them; set it when they are known
         self.vmms: Sequence[Mapping[str, str]] = ()
+        # combo → what guests on it saw, None where none ran; kvmneg.host.proof keeps it, running them takes too long
+        self.proven: Callable[[Mapping[str, Any]], Kept | None] | None = None
 
     @classmethod
     def open(cls, path: str = "/dev/kvm", *, roots: Roots = Roots()) -> Self:  # noqa: B008
@@ -92,6 +95,9 @@ class Measurer:
             measured["offline"] = offline  # no guest runs there; when they come online, it is measured again
         parts = self._x86(plan, combo) if ARCHITECTURE == X86_64 else self._arm64(plan)
         parts["offer"].update(network.masks(self._roots.dev))
+        kept = self.proven(combo) if self.proven else None
+        if kept is not None and parts.get("enforcement"):  # a KVM that cannot be tried is not proven either
+            kept.add_to(parts, measured)
         return Report(ARCHITECTURE, measured=measured, combo=combo, **parts)
 
     def _x86(self, plan: Plan, combo: Mapping[str, Any]) -> dict[str, Any]:

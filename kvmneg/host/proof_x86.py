@@ -120,19 +120,19 @@ def _sight(table: Table, word: str, value: int, refused: bool, views: Sequence[i
 
 
 def grade_of(word: str, compared: int, value: int, shown: int | None, seen: Sequence[int | None]) -> str:
-    """What came of a word that KVM took: what it reads back counts before what guests saw."""
+    """What came of a word that KVM took, by what it reads back and what guests saw.
+
+    A leak is a bit of a feature that neither was set nor is read back: KVM does not know, or does not say.
+    """
     found = [one for one in seen if one is not None]
-    if not compared:
-        return HONOURED
-    if shown is not None and (shown ^ value) & compared:
-        return REPLACED
     rule = catalogs.load(words.X86_64).words.get(word)
     bits = compared if rule is None else compared & rule.bits_mask
-    if any(one & ~value & bits for one in found):
+    told = value if shown is None else value | shown
+    if any(one & ~told & bits for one in found):
         return LEAKS
-    if any((one ^ value) & compared for one in found):
+    if any((one ^ value) & compared for one in (*found, value if shown is None else shown)):
         return REPLACED
-    if not found and (shown is None or not word.startswith("msr:")):
+    if compared and not found and (shown is None or not word.startswith("msr:")):
         return UNTESTED  # no guest got as far; an MSR may be hidden from guests altogether
     return HONOURED
 

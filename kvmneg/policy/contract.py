@@ -113,10 +113,14 @@ class Contract:
         """The binary form, digest filled in."""
         return self._binary
 
+    def bound(self) -> dict[str, tuple[int, int]]:
+        """(value, mask) of every word it binds, in the order of addresses."""
+        found = _decode_words(self._binary)
+        return {word: found[word] for word in sorted(found, key=words.order)}
+
     def words(self) -> dict[str, int]:
         """Every word it binds with its value, constants of policy included, in the order of addresses."""
-        bound = _decode_words(self._binary)
-        return {word: bound[word][0] for word in sorted(bound, key=words.order)}
+        return {word: value for word, (value, _mask) in self.bound().items()}
 
     def to_json(self) -> dict[str, Any]:
         """The document (kvmneg.contract/1). A word that is not among its masks binds every bit."""

@@ -21,6 +21,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvmneg.service.node import Measurer, Node
     from kvmneg.service.options import Options
+    from kvmneg.service.proofs import Prover
     from kvmneg.service.varlink import Server
     from kvmneg.service.vmms import VmmLookup
 
@@ -74,7 +75,7 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
     from kvmneg.store.sqlite import SqliteStore
 
     with SqliteStore(arguments.state, verify=lambda text: Fence.parse(text).digest) as store:
-        measurer, lookup = _measurer(arguments)
+        measurer, later = _measurer(arguments)
         files = ContractFiles(os.path.join(os.path.dirname(path), "contracts"))
         node = Node(store, measurer, files, _print_trouble)
         router = Router(node)
@@ -85,22 +86,32 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
         _schedule(server, node)
         node.changed.append(lambda: _tell_systemd(node))
         _announce(node)
-        if lookup:
-            lookup.start(server, node)
+        for one in later:
+            one.start(server, node)
         server.run()
 
 
-def _measurer(arguments: Options) -> tuple[Measurer, VmmLookup | None]:
-    """What measures: this host, with a look for its VMM builds, or a recorded report."""
+def _measurer(arguments: Options) -> tuple[Measurer, list[VmmLookup | Prover]]:
+    """What measures, and what finds out more when it serves: of this host its VMM builds and what guests see.
+
+    Of a recorded report nothing.
+    """
     if arguments.report:
         from kvmneg.service.recorded import RecordedMeasurer
 
-        return RecordedMeasurer(arguments.report), None
+        return RecordedMeasurer(arguments.report), []
+    from kvmneg.features.words import X86_64
+    from kvmneg.host.measure import ARCHITECTURE
     from kvmneg.host.measure import Measurer as HostMeasurer
     from kvmneg.service.vmms import VmmLookup
 
-    lookup = VmmLookup(arguments.state, HostMeasurer(arguments.kvm))
-    return lookup, lookup
+    host = HostMeasurer(arguments.kvm)
+    lookup = VmmLookup(arguments.state, host)
+    if ARCHITECTURE != X86_64:  # there are no proof guests for it yet
+        return lookup, [lookup]
+    from kvmneg.service.proofs import Prover
+
+    return lookup, [lookup, Prover(arguments.state, arguments.kvm, host)]
 
 
 def _listener(path: str) -> socket.socket:

@@ -129,6 +129,11 @@ class Node:
         return self._report.digest() if self._report else None
 
     @property
+    def combo_digest(self) -> str | None:
+        """The digest of the current report's combo, None while there is none."""
+        return self._report.combo_digest() if self._report else None
+
+    @property
     def fence_digest(self) -> str | None:
         """The pinned fence's digest, None where none is pinned or it cannot be understood."""
         return self._fence.digest if self._fence else None

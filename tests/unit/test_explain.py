@@ -46,7 +46,7 @@ def test_a_feature_in_json(capsys: Capture) -> None:
     assert found["requires"] == ["avx"] and "avx512f" in found["needed_by"]
     assert found["here"] == {
         "host": "node-intel", "state": "offered", "value": True, "held_back_by": None, "cause": None,
-        "because": None, "enforcement": None, "vmm": None,
+        "because": None, "enforcement": None, "instruction": None, "vmm": None,
     }  # fmt: skip
     assert found["pool"] == []
 
@@ -91,6 +91,22 @@ def test_every_feature_can_be_explained(intel: Report) -> None:
         assert explain.find(NAMES, f"{feature.word}:{feature.shift}").word == feature.word
         place = explain.Place(feature, intel, None, "qemu")
         assert place.standing.state != "held-back" or (place.standing.cause and place.standing.because)
+
+
+@pytest.mark.parametrize(
+    ("mark", "text"), [("trapped", "raise #UD"), ("hidden only", "does not look at CPUID"), ("", "")]
+)
+def test_what_comes_of_hiding_it(
+    mark: str, text: str, intel: Report, tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**intel.to_json(), "instructions": {"avx2": mark} if mark else {}}))
+    _, out, _ = run(capsys, "avx2", "--report", str(path))
+    assert ("hiding it" in out) == bool(mark)
+    assert not mark or f"{mark}: " in out
+    assert text in " ".join(out.split())
+    assert document(capsys, "avx2", "--report", str(path))["here"]["instruction"] == (mark or None)
+    assert document(capsys, "avx", "--report", str(path))["here"]["instruction"] is None
 
 
 def test_the_pool_names_who_holds_it_back(capsys: Capture) -> None:

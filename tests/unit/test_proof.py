@@ -33,7 +33,7 @@ NUMBER = "cpuid:0x80000008.0.eax"  # address widths
         (0b0110, (0b0110, 0b0110, 0b0110), "honoured"),
         (0b0110, (None, 0b0110, None), "honoured"),
         (0b1110, (0b0110, 0b0110, 0b0110), "replaced"),  # KVM itself says so
-        (0b1110, (0b1110, 0b1110, 0b1111), "replaced"),
+        (0b1110, (0b1110, 0b1110, 0b1111), "leaks"),  # and does not say all
         (0b0110, (0b0110, 0b0110, 0b1110), "leaks"),
         (0b0110, (0b1110, 0b0010, 0b0110), "leaks"),
         (0b0110, (0b0110, 0b0010, 0b0110), "replaced"),

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`kvmneg verify` on this machine's own KVM, whatever kind it is, and under contracts that it cannot keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvmneg import cli
+from kvmneg.features import catalog, words
+from kvmneg.features.featureset import FeatureSet
+from kvmneg.features.report import Report
+from kvmneg.host import measure
+from kvmneg.host.kvm import Kvm
+from kvmneg.policy import negotiation
+from kvmneg.policy.contract import Contract
+from kvmneg.policy.request import Request
+
+if measure.ARCHITECTURE == "x86_64":
+    from kvmneg.host import enforcement, proof_x86, verify_x86
+
+pytestmark = [
+    pytest.mark.kvm,
+    pytest.mark.skipif(measure.ARCHITECTURE != "x86_64", reason="these words are x86's"),
+]
+
+PVM = Path("/sys/module/kvm_pvm").exists()
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def report(kvm: Kvm) -> Report:
+    return measure.measure(kvm.path)
+
+
+def contract_of(report: Report, *features: str) -> Contract:
+    """Everything this host offers but for these features."""
+    granted = negotiation.negotiate(Request(maximum=True), report, None).contract.granted
+    values = granted.explicit()
+    names = catalog.names(report.architecture)
+    for feature in features:
+        row = names.feature(feature)
+        values[row.word] = values.get(row.word, 0) & ~row.mask
+    return Contract(FeatureSet.of(report.architecture, values))
+
+
+def verified(capsys: Capture, tmp_path: Path, contract: Contract | None) -> tuple[int, dict[str, object]]:
+    options = []
+    if contract is not None:
+        path = tmp_path / "contract"
+        path.write_bytes(contract.binary())
+        options = ["--contract", str(path)]
+    status = cli.main(["verify", "--json", *options])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_the_host(capsys: Capture, kvm: Kvm, tmp_path: Path) -> None:
+    """Exit 1 where it does not keep to something; on a KVM that does, everything is honoured."""
+    status, found = verified(capsys, tmp_path, None)
+    assert status == (1 if found["broken"] else 0)
+    tables = found["tables"]
+    assert isinstance(tables, dict) and set(tables) == {"offer", "emptied"}
+    leaves = {words.parse_cpuid(word)[0] for word in found["broken"]}  # type: ignore[attr-defined]
+    assert leaves == ({0x1, 0x7, 0xD} if PVM else set())
+    for table in tables.values():
+        for word, row in table.items():
+            if row["grade"] == "honoured" and word.startswith("cpuid:"):
+                mask = int(row["mask"], 16)
+                seen = [row[name] for name in ("set", "read_back", "real", "cpl0", "cpl3") if row[name]]
+                assert {int(value, 16) & mask for value in seen} == {int(row["promised"], 16)}, word
+    if PVM:
+        assert found["grades"]["cpuid:0xd.0.eax"] == "leaks"  # type: ignore[index]
+
+
+def test_under_a_contract(capsys: Capture, report: Report, tmp_path: Path) -> None:
+    """What it binds, nothing else; where KVM keeps its word, all of it is kept."""
+    contract = contract_of(report)
+    status, found = verified(capsys, tmp_path, contract)
+    assert found["contract"] == contract.digest
+    assert status == (1 if PVM else 0), found["broken"]
+    tables = found["tables"]
+    assert isinstance(tables, dict)
+    assert set(tables["contract"]) <= set(contract.words())
+    shown = {word for word in contract.words() if word.startswith("cpuid:")}
+    assert shown <= set(tables["contract"])
+
+
+def test_a_contract_that_this_host_cannot_keep(kvm: Kvm, report: Report) -> None:
+    """An MSR that no CPU has is refused, or dropped where kvm.ignore_msrs is set; the rest is judged all the same."""
+    bound = contract_of(report).bound()
+    found = verify_x86.prove(kvm, {**bound, "msr:0x12345678": (1, 1)})
+    before = verify_x86.prove(kvm, bound)
+    assert found.grades().pop("msr:0x12345678") in ("refused", "replaced")
+    assert found.grades().items() >= before.grades().items()
+
+
+def test_hidden_features_are_tried(kvm: Kvm, report: Report) -> None:
+    """A contract without POPCNT: no guest sees it, and every guest can execute it where the CPU has it."""
+    has = report.silicon_words["cpuid:0x1.0.ecx"] & catalog.names("x86_64").feature("popcnt").mask
+    found = verify_x86.prove(kvm, contract_of(report, "popcnt").bound())
+    assert found.instructions.get("popcnt") == ("hidden only" if has else None)
+
+
+def test_explain_tries_it(capsys: Capture, kvm: Kvm, report: Report) -> None:
+    """On this host, at once; of what no instruction shows there is nothing to tell."""
+    has = report.silicon_words["cpuid:0x1.0.ecx"] & catalog.names("x86_64").feature("sse4.2").mask
+    assert cli.main(["explain", "sse4.2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["here"]["instruction"] == ("hidden only" if has else None)
+    assert verify_x86.mark_of(kvm, "lzcnt") is None
+    assert verify_x86.mark_of(kvm, "tbm") in (None, "hidden only", "trapped", "untested")
+
+
+def test_an_empty_contract(kvm: Kvm) -> None:
+    """Binds nothing that guests see: nothing is broken."""
+    found = verify_x86.prove(kvm, {})
+    assert found.grades().keys() <= {proof_x86.PARAVIRTUAL}
+    assert found.tables["contract"] == {}
+
+
+def test_bits_that_nobody_promised_are_clear(kvm: Kvm, report: Report) -> None:
+    probe = kvm.probe()
+    bound = {"cpuid:0x1.0.ecx": (1 << 23, 0xFFFF_FFFF), "cpuid:0x7.1.eax": (1 << 4, 0xFFFF_FFFF)}
+    entries = {entry[:2]: entry for entry in verify_x86.contract_entries(probe.supported, bound)}
+    assert entries[1, 0].ecx == 1 << 23
+    assert entries[7, 1].eax == 1 << 4 and entries[7, 1].flags == 1
+    assert entries[7, 0].ebx == 0
+    topology = [entry for entry in probe.supported if entry[0] == 0xB]
+    assert [entries[entry[:2]] for entry in topology] == topology
+    _, compared, _ = enforcement.registers[1, 0][2]
+    assert compared
+
+
+def test_for_people(capsys: Capture, kvm: Kvm) -> None:
+    status = cli.main(["verify"])
+    out = capsys.readouterr().out
+    assert ("broken: " if status else "kept: ") in out
+    assert "\neverything that this host offers: " in out
+    assert "\nnone of the features that this host offers: " in out
+    assert "  word " in out and " CPL 3\n" in out
+    cli.main(["verify", "--all"])
+    assert len(capsys.readouterr().out.splitlines()) > len(out.splitlines())
+
+
+def test_no_kvm(capsys: Capture, tmp_path: Path) -> None:
+    assert cli.main(["verify", "--kvm", str(tmp_path / "kvm")]) == 3
+    assert cli.main(["verify", "--contract", str(tmp_path / "contract")]) == 5
+    assert "cannot be read" in capsys.readouterr().err
