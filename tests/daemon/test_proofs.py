@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,6 +96,17 @@ def test_a_limited_number_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         proof.refresh(cache, "/dev/kvm", digest)
     assert list(proof.known(cache)) == ["c", "d", "b"]
     assert [path.name for path in tmp_path.iterdir()] == ["proofs.json"]
+
+
+def test_a_proof_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    """The child ends by SIGALRM, whatever its guests do, and leaves nothing."""
+    program = (
+        "import sys, time; from kvmneg import limits; from kvmneg.host import proof; limits.PROOF_SECONDS = 1;"
+        "proof.prove = lambda path: time.sleep(60); proof.refresh(*sys.argv[1:])"
+    )
+    command = [sys.executable, "-P", "-c", program, str(tmp_path / "proofs.json"), "/dev/kvm", "digest"]
+    assert subprocess.run(command, check=False, timeout=30).returncode == -signal.SIGALRM
+    assert not list(tmp_path.iterdir())
 
 
 def run_until(loop: Loop, done: Callable[[], bool]) -> None:
