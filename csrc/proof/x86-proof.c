@@ -35,7 +35,9 @@
 #define CR4_BASE 0x620u      /* PAE, OSFXSR, OSXMMEXCPT */
 #define CR4_OSXSAVE 0x40000u
 #define EFER_LONG 0x500u /* LME, LMA */
-#define RFLAGS_IOPL_3 0x3002u
+/* Interrupts on: none ever comes, and an emulated CPU may take the host's own only where the guest takes them. */
+#define RFLAGS_REAL 0x202u
+#define RFLAGS_LONG 0x3202u /* IOPL 3 */
 
 extern const uint8_t kvmneg_internal_guest[], kvmneg_internal_guest_end[], kvmneg_internal_guest_real_stubs[],
         kvmneg_internal_guest_long[], kvmneg_internal_guest_long_stubs[];
@@ -146,7 +148,7 @@ static int start_at(struct guest *guest, uint32_t row) {
         struct kvm_vcpu_events events = {};
         struct kvm_sregs sregs;
         struct kvm_regs regs = {
-                .rflags = real ? 0x2 : RFLAGS_IOPL_3,
+                .rflags = real ? RFLAGS_REAL : RFLAGS_LONG,
                 .rip = real ? GUEST_CODE : code_offset(kvmneg_internal_guest_long),
                 .rdi = (real ? 0 : GUEST_ROWS) + (uint64_t) row * ROW_SIZE,
                 .rsp = GUEST_STACK,

@@ -108,11 +108,12 @@ def mark_of(kvm: Kvm, feature: str) -> str | None:
 
 def _prove_host(kvm: Kvm, probe: Probe, offered: Sequence[CpuidEntry], silicon: Mapping[str, int]) -> Proof:
     emptied = [enforcement.lowered_entry(entry) for entry in offered]
-    tables = {
-        "offer": Table(list(offered), _msrs(probe.feature_msrs, lowered=False)),
-        "emptied": Table(emptied, _msrs(probe.feature_msrs, lowered=True)),
-    }
-    sights = {name: proof_x86.sights(kvm, table, offered) for name, table in tables.items()}
+    msrs, lowered = (_msrs(probe.feature_msrs, lowered=lowered) for lowered in (False, True))
+    none = dict(proof_x86.sights(kvm, Table(emptied, {}), offered))
+    # KVM takes VMX's MSRs only with VMX in CPUID: without their bits under everything else
+    few = proof_x86.sights(kvm, Table(list(offered), lowered), offered)
+    none.update((word, sight) for word, sight in few.items() if word.startswith("msr:"))
+    sights = {"offer": proof_x86.sights(kvm, Table(list(offered), msrs), offered), "emptied": none}
     return Proof(sights, proof_x86.paravirtual(kvm, emptied), _hidden_alone(kvm, offered, silicon))
 
 

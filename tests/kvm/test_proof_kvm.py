@@ -154,7 +154,8 @@ def test_honoured_is_what_every_guest_sees(kvm: Kvm) -> None:
 def test_what_this_kind_of_kvm_keeps(kvm: Kvm) -> None:
     """All of it, but for kvm-pvm: it forces three leaves, and a program sees the host's own XCR0."""
     offered, lowered, msrs = tables(kvm)
-    found = [proof.sights(kvm, proof.Table(table, msrs), offered) for table in (offered, lowered)]
+    tables_of = (proof.Table(offered, msrs), proof.Table(lowered, {}))  # VMX's MSRs go with VMX
+    found = [proof.sights(kvm, table, offered) for table in tables_of]
     grades = {
         (sight.grade, word) for each in found for word, sight in each.items() if sight.grade != "honoured"
     }
