@@ -44,7 +44,7 @@ KVMS_OWN = {
 }
 
 
-_MCG_CAP = "msr:0x179"
+MCG_CAP = "msr:0x179"
 
 # One word: its address, the bits that are compared, and those that stay when all features are taken away.
 _Register = tuple[str, int, int]
@@ -92,7 +92,7 @@ def grades(kvm: Kvm, scratch: Scratch, probe: Probe, offer: Mapping[str, int]) -
         offered = trial.cpuid([offered_entry(entry, offer) for entry in probe.supported], [])
         trial.msrs(probe.feature_msrs)
         if probe.mce_cap is not None:
-            trial.mce(offer[_MCG_CAP])
+            trial.mce(offer[MCG_CAP])
         trial.cpuid([lowered_entry(entry) for entry in offered], offered)
         trial.cpuid([_with(entry, _ZERO) for entry in offered], offered)
     except KvmFault:
@@ -208,14 +208,14 @@ class Trial:
 
     def mce(self, value: int) -> None:
         """Try the machine checks, which have an ioctl of their own, then without their bits."""
-        row = register(_MCG_CAP)
+        row = register(MCG_CAP)
         for given in (value, value & row[2]):
             shown = self._kvm.try_mce(self._scratch, given)
             if shown is None:
-                self.found.setdefault(_MCG_CAP, REFUSED)
+                self.found.setdefault(MCG_CAP, REFUSED)
             elif (shown ^ given) & row[1]:
-                self.found.setdefault(_MCG_CAP, REPLACED)
-        self.tried.add(_MCG_CAP)
+                self.found.setdefault(MCG_CAP, REPLACED)
+        self.tried.add(MCG_CAP)
 
     def _msrs(self, rows: Mapping[int, _Register], values: Mapping[int, int]) -> None:
         for index, shown in self._kvm.try_msrs(self._scratch, values).items():

@@ -20,6 +20,7 @@ from kvmneg.host import enforcement
 from kvmneg.host import guest_x86 as guest
 from kvmneg.host.enforcement import LEAKS, REFUSED, REPLACED, UNTESTED
 from kvmneg.host.guest_x86 import Question
+from kvmneg.host.kvm import MsrShown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def sights(kvm: Kvm, table: Table, base: Sequence[CpuidEntry] = ()) -> dict[str,
         trial = enforcement.Trial(kvm, scratch)
         taken = trial.cpuid(table.entries, list(base))
         read_back = kvm.try_cpuid(scratch, taken) or []
-        msrs = kvm.try_msrs(scratch, table.msrs)
+        msrs = _given(kvm, scratch, table.msrs)
         asked = [*taken, *read_back]  # KVM may have added a leaf
         seen = [
             _seen(kvm, scratch, mode, asked, xcr0=xcr0_of(taken), msrs=table.msrs) for mode in guest.MODES
@@ -98,6 +99,16 @@ def sights(kvm: Kvm, table: Table, base: Sequence[CpuidEntry] = ()) -> dict[str,
         word: _sight(table, word, value, word in refused, [shown.get(word), *(one.get(word) for one in seen)])
         for word, value in wanted.items()
     }
+
+
+def _given(kvm: Kvm, scratch: Scratch, values: Mapping[int, int]) -> dict[int, MsrShown]:
+    """What the vCPU has of the MSRs; MCG_CAP has an ioctl of its own (KVM_X86_SETUP_MCE)."""
+    mce = words.parse_msr(enforcement.MCG_CAP)
+    found = kvm.try_msrs(scratch, {index: value for index, value in values.items() if index != mce})
+    if mce in values:
+        shown = kvm.try_mce(scratch, values[mce])
+        found[mce] = MsrShown(shown or 0, unread=False, unset=shown is None)
+    return found
 
 
 def _by_word(entries: Iterable[CpuidEntry]) -> dict[str, int]:

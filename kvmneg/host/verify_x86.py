@@ -67,7 +67,7 @@ def prove(kvm: Kvm, bound: Bound | None = None) -> Proof:
     probe = kvm.probe()
     offer, offered, silicon = _offered(probe)
     if bound is None:
-        return _prove_host(kvm, probe, offered, silicon)
+        return _prove_host(kvm, probe, offered, silicon, mce=offer.get(enforcement.MCG_CAP, 0))
     entries = contract_entries(offered, bound)
     table = Table(
         entries, contract_msrs(probe.feature_msrs, bound), {word: row[1] for word, row in bound.items()}
@@ -106,9 +106,14 @@ def mark_of(kvm: Kvm, feature: str) -> str | None:
     return _hidden_alone(kvm, offered, silicon, only=feature).get(feature)
 
 
-def _prove_host(kvm: Kvm, probe: Probe, offered: Sequence[CpuidEntry], silicon: Mapping[str, int]) -> Proof:
+def _prove_host(
+    kvm: Kvm, probe: Probe, offered: Sequence[CpuidEntry], silicon: Mapping[str, int], *, mce: int
+) -> Proof:
     emptied = [enforcement.lowered_entry(entry) for entry in offered]
-    msrs, lowered = (_msrs(probe.feature_msrs, lowered=lowered) for lowered in (False, True))
+    values = dict(probe.feature_msrs)
+    if probe.mce_cap is not None:
+        values[words.parse_msr(enforcement.MCG_CAP)] = mce
+    msrs, lowered = (_msrs(values, lowered=lowered) for lowered in (False, True))
     none = dict(proof_x86.sights(kvm, Table(emptied, {}), offered))
     # KVM takes VMX's MSRs only with VMX in CPUID: without their bits under everything else
     few = proof_x86.sights(kvm, Table(list(offered), lowered), offered)
@@ -195,14 +200,13 @@ def contract_entries(offered: Sequence[CpuidEntry], bound: Bound) -> list[CpuidE
 def contract_msrs(values: Mapping[int, int], bound: Bound) -> dict[int, int]:
     """The MSRs that a contract binds and that are set like this, by index.
 
-    One that KVM does not list, and that is to be zero, is not there to be set: another vendor's, or MCG_CAP, which has
-    an ioctl of its own (KVM_X86_SETUP_MCE).
+    One that KVM does not list, and that is to be zero, is not there to be set: it is another vendor's.
     """
     found = {}
     for word, (promised, _mask) in bound.items():
         if word.startswith("msr:"):
             index = words.parse_msr(word)
-            if promised or index in values:
+            if promised or index in values or word == enforcement.MCG_CAP:
                 found[index] = _under(word, values.get(index, 0), bound)
     return found
 

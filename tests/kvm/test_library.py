@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCES = {
     "x86_64": (
-        "system.c", "x86.c", "x86-cpuid.c", "x86-state.c", "proof/x86-proof.c", "proof/x86-guest.S",
+        "system.c",
+        "x86.c",
+        "x86-cpuid.c",
+        "x86-state.c",
+        "proof/x86-proof.c",
+        "proof/x86-guest.S",
     ),
     "aarch64": ("system.c", *(path.name for path in sorted((CSRC).glob("arm64*.c")))),
 }
