@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="these words are x86's")
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("system.c", "x86.c", "x86-cpuid.c", "proof/x86-proof.c", "proof/x86-guest.S")
+SOURCES = ("system.c", "x86.c", "x86-cpuid.c", "x86-state.c", "proof/x86-proof.c", "proof/x86-guest.S")
 WRAPPED = ("ioctl", "mmap", "calloc", "timer_create")
 EXIST = 17
 
