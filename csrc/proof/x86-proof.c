@@ -33,6 +33,7 @@
 #define CR0_LONG 0x80010033u /* PE, MP, ET, NE, WP, PG */
 #define CR0_REAL 0x10u       /* ET */
 #define CR4_BASE 0x620u      /* PAE, OSFXSR, OSXMMEXCPT */
+#define CR4_PAE 0x20u
 #define CR4_OSXSAVE 0x40000u
 #define EFER_LONG 0x500u /* LME, LMA */
 /* Interrupts on: none ever comes, and an emulated CPU may take the host's own only where the guest takes them. */
@@ -138,7 +139,7 @@ static void real_segments(struct kvm_sregs *sregs) {
         sregs->idt = (struct kvm_dtable) { .base = GUEST_IVT, .limit = GUEST_VECTORS * 4 - 1 };
         sregs->cr0 = CR0_REAL;
         sregs->cr3 = 0;
-        sregs->cr4 = CR4_BASE & ~0x20u;
+        sregs->cr4 = CR4_BASE & ~CR4_PAE;
         sregs->efer = 0;
 }
 
@@ -167,6 +168,10 @@ static int start_at(struct guest *guest, uint32_t row) {
         r = ioctl_pointer(guest->vcpu_fd, KVM_SET_SREGS, &sregs, guest->trace);
         if (r == -EINVAL) { /* a guest without XSAVE in its table */
                 sregs.cr4 &= ~CR4_OSXSAVE;
+                r = ioctl_pointer(guest->vcpu_fd, KVM_SET_SREGS, &sregs, guest->trace);
+        }
+        if (r == -EINVAL) { /* or without FXSR and SSE */
+                sregs.cr4 &= CR4_PAE;
                 r = ioctl_pointer(guest->vcpu_fd, KVM_SET_SREGS, &sregs, guest->trace);
         }
         if (r >= 0)

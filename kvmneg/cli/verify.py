@@ -22,7 +22,7 @@ _BROKEN_GRADES = ("replaced", "refused", "leaks")
 _TITLES = {
     "contract": "under the contract",
     "offer": "everything that this host offers",
-    "emptied": "none of the features that this host offers",
+    "emptied": "none of the features that this host offers, but for long mode",
 }
 _HEAD = ("word", "promised", "set", "read back", "real mode", "CPL 0", "CPL 3", "")
 _NOTHING = "-"

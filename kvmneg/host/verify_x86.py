@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Bound = Mapping[str, tuple[int, int]]
 
 _SHOWN = ("cpuid:", "hyperv:", "msr:")  # to guests; capabilities are for VMMs
+_LONG_MODE = 1 << 29  # CPUID leaf 0x80000001 EDX
 _SUBLEAVES = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 
 
@@ -120,6 +121,15 @@ def _prove_host(
     none.update((word, sight) for word, sight in few.items() if word.startswith("msr:"))
     sights = {"offer": proof_x86.sights(kvm, Table(list(offered), msrs), offered), "emptied": none}
     return Proof(sights, proof_x86.paravirtual(kvm, emptied), _hidden_alone(kvm, offered, silicon))
+
+
+def emptied_table(offered: Sequence[CpuidEntry]) -> list[CpuidEntry]:
+    """What is offered without its bits, but for long mode: Linux 7 lets no guest be in it that is not shown it."""
+    lowered = [enforcement.lowered_entry(entry) for entry in offered]
+    return [
+        low._replace(edx=low.edx | entry.edx & _LONG_MODE) if low[:2] == (0x80000001, 0) else low
+        for low, entry in zip(lowered, offered, strict=True)
+    ]
 
 
 def _msrs(values: Mapping[int, int], *, lowered: bool) -> dict[int, int]:

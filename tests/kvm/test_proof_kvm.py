@@ -20,6 +20,7 @@ from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch, raw_cpuid
 if measure.ARCHITECTURE == "x86_64":
     from kvmneg.host import guest_x86 as guest
     from kvmneg.host import proof_x86 as proof
+    from kvmneg.host import verify_x86
     from kvmneg.host.guest_x86 import Answer, Question
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def tables(kvm: Kvm) -> tuple[list[CpuidEntry], list[CpuidEntry], dict[int, int]
     probe = kvm.probe()
     offer = x86.decoder().offer(probe)
     offered = [enforcement.offered_entry(entry, offer) for entry in probe.supported]
-    return offered, [enforcement.lowered_entry(entry) for entry in offered], probe.feature_msrs
+    return offered, verify_x86.emptied_table(offered), probe.feature_msrs
 
 
 def test_honoured_is_what_every_guest_sees(kvm: Kvm) -> None:
@@ -239,3 +240,16 @@ def test_instructions_of_hidden_features(kvm: Kvm) -> None:
         if has >> bit & 1:
             assert marks[feature] == "hidden only"
     assert set(marks.values()) <= {"hidden only", "trapped", "untested"}
+
+
+def test_a_guest_without_long_mode(kvm: Kvm) -> None:
+    """From Linux 7 on none gets into it; what could not be asked there stays open, and real mode answers."""
+    table = [
+        entry._replace(edx=entry.edx & ~(1 << 29)) if entry[0] == 0x80000001 else entry
+        for entry in kvm.supported_cpuid()
+    ]
+    found = proof.sights(kvm, proof.Table(table, {}), table)
+    real, *long = found["cpuid:0x40000000.0.ebx"].seen
+    assert real == 0x4B4D564B
+    assert set(long) <= {None, real}
+    assert found["cpuid:0x80000001.0.edx"].grade == "honoured"
