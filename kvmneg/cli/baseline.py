@@ -84,7 +84,7 @@ def _document(arguments: argparse.Namespace, reports: Sequence[Report], met: Fea
         "held_back": [holder.to_json() for holder in pool.holders(reports, met)],
         "unnamed": {word: words.text_value(word, bits) for word, bits in unnamed(reports).items()},
         "flagged": flagged(reports),
-        "scope": _scope(met),
+        "scope": _scope(met, reports),
     }
 
 
@@ -99,8 +99,10 @@ def unnamed(reports: Sequence[Report]) -> dict[str, int]:
     return {word: found[word] for word in sorted(found, key=words.order)}
 
 
-def _scope(met: FeatureSet) -> list[str]:
-    return [*SCOPE, _STUDY] if met.conflicts else list(SCOPE)
+def _scope(met: FeatureSet, reports: Sequence[Report]) -> list[str]:
+    from kvmneg.policy.scope import unmeasured
+
+    return [*SCOPE, *([_STUDY] if met.conflicts else []), *unmeasured(reports)]
 
 
 def _show(screen: Screen, reports: Sequence[Report], met: FeatureSet, held: Sequence[Holder]) -> None:
@@ -140,4 +142,4 @@ def _show(screen: Screen, reports: Sequence[Report], met: FeatureSet, held: Sequ
         screen.head(f"kept back: {many} that kvmneg does not name, in {count(len(unknown), 'word')}")
         screen.words("", unknown, column=2)
     impossible(screen, reports)
-    screen.scope(_scope(met))
+    screen.scope(_scope(met, reports))

@@ -96,7 +96,7 @@ def _by_contract(arguments: argparse.Namespace) -> _Verdict:
     blockers = list(negotiation.check(contract, report, arguments.vmm))
     if arguments.require_enforced:
         blockers += grade.blockers(contract.granted, report)
-    judged = scope(False, report.architecture)
+    judged = scope(False, report.architecture, report)
     return tuple(blockers), judged, grade.of(contract.granted, report)
 
 
@@ -123,7 +123,7 @@ def _by_request(arguments: argparse.Namespace) -> _Verdict:
     from kvmneg.policy.scope import scope
 
     report = files.report(arguments.report)
-    judged = scope(False, report.architecture)
+    judged = scope(False, report.architecture, report)
     try:
         answer = negotiation.check_request(request, report)
     except Blocked as no:  # told as the daemon's no is

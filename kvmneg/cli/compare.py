@@ -7,6 +7,7 @@ from kvmneg.cli import sources
 from kvmneg.cli.host import flagged, impossible
 from kvmneg.cli.output import Screen, count, print_json
 from kvmneg.features.rules import EQUAL
+from kvmneg.policy.scope import unmeasured
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class Result:
         self.same = not (differences or accepting) and a.granted.architecture == b.granted.architecture
         self.unnamed = [] if a.granted.architecture != b.granted.architecture else _unnamed(a, b)
         self.study = ""
+        # what the answers to "fits" rest on besides the two sets
+        self.scope = unmeasured([side.report for side in (a, b) if side.report])
 
     def ignore_vendor(self) -> None:
         """Leave the vendor out of what is told. It keeps guests from moving all the same."""
@@ -123,6 +126,7 @@ class Result:
             "blockers": [row.to_json() for row in self.forth],
             "blockers_back": [row.to_json() for row in self.back],
             "unnamed": self.unnamed,
+            "scope": self.scope,
             "flagged": flagged([side.report for side in (self.a, self.b) if side.report]),
             "combo": self.combo,
         }
@@ -223,6 +227,8 @@ def _show(screen: Screen, result: Result) -> None:
             screen.words("", dict.fromkeys(blocker.feature for blocker in blockers), column=2)
     impossible(screen, [report for report in (a.report, b.report) if report])
     _measured_under(screen, result)
+    if result.scope:
+        screen.scope(result.scope)
 
 
 def _measured_under(screen: Screen, result: Result) -> None:

@@ -112,7 +112,7 @@ def _from_report(arguments: argparse.Namespace) -> Offer:
         raise
     answer.not_granted = tuple(_of_file(blocker, arguments.fence) for blocker in answer.not_granted)
     host = negotiation.ceiling(report, None, request.vmm)
-    judged = scope(fence is not None, report.architecture)
+    judged = scope(fence is not None, report.architecture, report)
     return Offer(answer.contract, 0, answer.not_granted, judged, host)
 
 

@@ -66,16 +66,38 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _show(screen: Screen, answer: Answer, new: Report, old: Report) -> None:
     from kvmneg.features.featureset import diff
+    from kvmneg.policy import rollback
 
     assert answer.fence is not None
-    lost = [row.feature for row in diff(new.offer, answer.fence.granted)]
     screen.line(f"{screen.good('yes')}: under a fence, guests can go back from {new.host} to {old.host}")
+    if rollback.forward(new, old):
+        screen.paragraph(f"{old.host} has the newer kernel: this is the way forward", style="warn")
     screen.words("fence", [answer.fence.digest, *(["(--fence prints it)"])])
-    screen.words("without", lost or ["nothing"])
+    lost = diff(new.offer, answer.fence.granted)
+    screen.words("takes away", [row.feature for row in lost if row.width == 1] or ["no feature"])
+    changed = [f"{row.feature} {row.b:#x} ({row.a:#x})" for row in lost if row.width > 1]
+    if changed:
+        screen.words("sets", [*changed, f"(in brackets: as {new.host} has it)"])
     if answer.dropped:
-        screen.head(f"left out by the VMM: {count(len(answer.dropped), 'register')}")
-        screen.table([[one.word(), one.text()] for one in answer.dropped])
+        _show_dropped(screen, answer)
     if answer.unfenced:
         screen.head("a guest that was started without the fence cannot go back")
         screen.blockers(answer.unfenced)
     screen.scope(answer.scope)
+
+
+def _show_dropped(screen: Screen, answer: Answer) -> None:
+    """The registers that move no further than the new kernel, by the condition on each."""
+    from kvmneg.policy import portable
+
+    screen.head(
+        f"left out on the way back: {count(len(answer.dropped), 'register')} the old kernel does not know"
+    )
+    rules: dict[str, list[str]] = {}
+    for one in answer.dropped:
+        holds = f"while it holds {one.value:#x}" if one.rule == portable.DROP_IF else "while the timer is off"
+        rules.setdefault(holds, []).append(one.word())
+    for condition, names in rules.items():
+        screen.line(f"  {condition}")
+        screen.words("", names, indent=4, column=6)
+    screen.paragraph("The move is refused where one holds anything else.", indent=2)

@@ -144,6 +144,11 @@ def sides(found: dict[str, list[str]]) -> str:
     return ", ".join(f"{vendor} on {some(hosts)}" for vendor, hosts in found.items())
 
 
+def conflicting(conflicts: Sequence[Conflict], reports: Sequence[Report]) -> list[Blocker]:
+    """What hosts must agree on and do not, as reasons: one for the vendor, one for each other register."""
+    return _conflicts(conflicts, kinds(reports))
+
+
 def _incompatible(conflicts: Sequence[Conflict], members: list[Kind]) -> Incompatible:
     blockers = _conflicts(conflicts, members)
     both = "; ".join(blocker.because for blocker in blockers)

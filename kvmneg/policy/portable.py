@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from kvmneg.features import words
 from kvmneg.features.difference import Blocker
+from kvmneg.policy.kernels import numbers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,8 +30,13 @@ if TYPE_CHECKING:
 CARRY, DROP_IF, DROP_IF_TIMER_OFF, REFUSE = "carry", "drop-if", "drop-if-timer-off", "refuse"
 RULES = (CARRY, DROP_IF, DROP_IF_TIMER_OFF, REFUSE)  # in the binary form: the place in here, from 1
 
-VENDOR_HYP_2 = 0x6030_0000_0016_0003
+STD, STD_HYP, VENDOR_HYP, VENDOR_HYP_2 = range(0x6030_0000_0016_0000, 0x6030_0000_0016_0004)
 _PMMIR = 0x6030_0000_0013_C4F6  # PMMIR_EL1
+# OSLSR_EL1: the OS lock. Kernels that do not list it (before 5.18) show every guest 8: there is a lock, and it is open.
+_OSLSR, _UNLOCKED = 0x6030_0000_0013_808C, 8
+# Of the calls of a bitmap that a kernel does not list (before 5.19), those that it answers to all guests, since when:
+# random numbers and the vendor's calls since 5.12, stolen time since 5.5. There no bit stays clear.
+_ANSWERED = {STD: (5, 12), STD_HYP: (5, 5), VENDOR_HYP: (5, 12)}
 _TIMER = (
     0x6030_0000_0013_DF01,
     0x6030_0000_0013_DF11,
@@ -74,10 +80,11 @@ def entries(registers: Sequence[int], carried: Collection[int], granted: Feature
 
 def drop_rule(register: int, granted: FeatureSet | None = None) -> Entry:
     """What becomes of a register that is not carried, under a contract that grants this set."""
-    if register in (VENDOR_HYP_2, _PMMIR):
-        return Entry(
-            register, DROP_IF, 0
-        )  # no call is offered, no event can be counted: nothing was ever shown
+    if register in (STD, VENDOR_HYP, VENDOR_HYP_2, _PMMIR):
+        # no call is offered, no event can be counted: nothing was ever shown
+        return Entry(register, DROP_IF, 0)
+    if register == _OSLSR:
+        return Entry(register, DROP_IF, _UNLOCKED)
     if register in _TIMER:
         return Entry(register, DROP_IF_TIMER_OFF, 0)
     if 0 <= register - _CCSIDR < _CCSIDRS and granted is not None:
@@ -106,7 +113,18 @@ def unknown(rules: Iterable[Entry], target: Report, vmm: str | None = None) -> l
         if vmm is not None:
             because = f"{target.host} does not know this register, and {vmm} cannot leave one out"
             found.append(Blocker(rule.word(), rule.word(), None, "the guest", where, "vmm", because))
-        elif rule.rule in (CARRY, REFUSE):
-            because = f"{target.host} does not know this register, and nothing says that it may be dropped"
+            continue
+        because = _obstacle(rule, target)
+        if because:
             found.append(Blocker(rule.word(), rule.word(), None, "the guest", where, "kvm", because))
     return found
+
+
+def _obstacle(rule: Entry, target: Report) -> str:
+    """Why a register that a target does not list cannot be left out on the way there, "" where it can."""
+    since = _ANSWERED.get(rule.register)
+    if since is not None and numbers(str(target.combo.get("kernel") or "")) >= since:
+        return f"{target.host} does not know this register, and answers the calls behind it to every guest"
+    if rule.rule in (CARRY, REFUSE):
+        return f"{target.host} does not know this register, and nothing says that it may be dropped"
+    return ""

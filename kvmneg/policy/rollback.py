@@ -17,8 +17,10 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits, meet
-from kvmneg.policy import coverage, portable
+from kvmneg.policy import coverage, pool, portable
 from kvmneg.policy.fence import Fence
+from kvmneg.policy.kernels import numbers
+from kvmneg.policy.scope import unmeasured
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
     from kvmneg.features.report import Report
     from kvmneg.policy.portable import Entry
+
+# who wants what stands in the way, for people
+_FENCED, _UNFENCED = "the way back", "a guest without the fence"
 
 _TIMES = "not judged: whether both reports are of the same machine and firmware, and still true"
 _ELSE = (
@@ -76,7 +81,8 @@ def judge(new: Report, old: Report, vmm: str | None = None) -> Answer:
         raise UsageError(f"{new.host} is {new.architecture}, {old.host} is {old.architecture}")
     met = meet(new.offer, old.accept)
     blockers = [*coverage.blockers(new), *coverage.blockers(old)]
-    blockers += [Blocker.of_conflict(conflict, f"host {old.host}") for conflict in met.conflicts]
+    if met.conflicts:
+        blockers += pool.conflicting(met.conflicts, (new, old))
     unasked = _unasked(new.offer)
     unfenced = list(fits(unasked, old.accept, missing_on=f"host {old.host}"))
     dropped: tuple[Entry, ...] = ()
@@ -87,13 +93,21 @@ def judge(new: Report, old: Report, vmm: str | None = None) -> Answer:
         levelled = levelling.level(met, (new, old))
         granted = levelled.granted
         blockers += [one.blocker() for one in levelled.conflicts]
-        unfenced += levelling.unreachable(unasked, old, "a guest without a fence")
+        unfenced += levelling.unreachable(unasked, old, _UNFENCED)
         rules = _rules(new, old, granted)
         dropped = tuple(one for one in rules if one.rule in (portable.DROP_IF, portable.DROP_IF_TIMER_OFF))
         blockers += portable.unknown(rules, old, vmm)
         unfenced += portable.unknown([_without(one) for one in rules], old, vmm)
+    blockers = [blocker._replace(wanted_by=_FENCED) for blocker in blockers]
+    unfenced = [blocker._replace(wanted_by=_UNFENCED) for blocker in unfenced]
     fence = None if blockers else Fence(granted, registers=portable.common((new, old)))
     return Answer(fence, _sorted(blockers), _sorted(unfenced), dropped, _scope(new, old))
+
+
+def forward(new: Report, old: Report) -> bool:
+    """Whether `old` has the newer kernel of both: then the answer is about the way forward."""
+    ours, theirs = (numbers(str(report.combo.get("kernel") or "")) for report in (new, old))
+    return bool(ours and theirs) and ours < theirs
 
 
 def _unasked(offer: FeatureSet) -> FeatureSet:
@@ -125,14 +139,7 @@ def _sorted(blockers: list[Blocker]) -> tuple[Blocker, ...]:
 def _scope(new: Report, old: Report) -> tuple[str, ...]:
     if new.architecture != words.ARM64:
         return (*_X86, _TIMES, _ELSE)
-    from kvmneg.policy import levelling  # as above
-
-    lines = [_ARM64]
-    guessed = [report.host for report in (new, old) if levelling.by_table(report)]
-    if guessed:
-        lines.append(
-            f"not measured: what the kernel of {' and of '.join(guessed)} lets be set; upstream's table was used"
-        )
+    lines = [_ARM64, *unmeasured((new, old))]
     unlisted = [report.host for report in (new, old) if not report.registers]
     if unlisted:
         lines.append(f"not judged: which registers a guest carries, as {' and '.join(unlisted)} lists none")

@@ -5,6 +5,12 @@ from __future__ import annotations
 
 from kvmneg.features import words
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvmneg.features.report import Report
+
 SCOPE = (
     "judged: CPUID words, feature MSRs, KVM capabilities, classes of portable state and a pinned TSC rate of the "
     "catalogue, against what this host measured and the pinned fence",
@@ -18,15 +24,52 @@ SCOPE_ARM64 = (
     "not judged: machine type and device state of another VMM build, ROM sizes, vhost-user and vDPA back "
     "ends, VFIO, the counter's frequency, values of state registers",
 )
+_NAMED = 4  # hosts of one kernel in a line
 _FENCES = (", and the pinned fence", " and the pinned fence")
 
 
-def scope(fenced: bool, architecture: str = words.X86_64) -> list[str]:
-    """What a yes is about, and where no fence was judged what is left of it."""
+def scope(fenced: bool, architecture: str = words.X86_64, report: Report | None = None) -> list[str]:
+    """What a yes is about, and where no fence was judged what is left of it.
+
+    `report` is of the host that was judged: on arm64 it may not say what can be set there.
+    """
     whole = SCOPE_ARM64 if architecture == words.ARM64 else SCOPE
+    looked_up = unmeasured([report]) if report else []
     if fenced:
-        return list(whole)
+        return [*whole, *looked_up]
     judged, *rest = whole
     for fence in _FENCES:
         judged = judged.removesuffix(fence)
-    return [judged, *rest[:-1], f"{rest[-1]}, any fence"]
+    return [judged, *rest[:-1], f"{rest[-1]}, any fence", *looked_up]
+
+
+def unmeasured(reports: Iterable[Report]) -> list[str]:
+    """arm64: a line for each kernel whose settable fields were not measured, naming its hosts; x86 has none."""
+    hosts: dict[str, list[str]] = {}
+    for report in reports:
+        if report.architecture == words.ARM64:
+            from kvmneg.policy import levelling  # x86 shows guests whatever it is told
+
+            if levelling.by_table(report):
+                names = hosts.setdefault(_upstream(levelling.kernel(report)), [])
+                if report.host not in names:
+                    names.append(report.host)
+    return [
+        f"not measured: which fields can be set on {_some(names)}; {source}"
+        for source, names in sorted(hosts.items())
+    ]
+
+
+def _upstream(release: str) -> str:
+    """Where it was looked up, by a kernel's release: "6.1.172-216.amzn2023" is upstream's 6.1."""
+    from kvmneg.policy.kernels import numbers
+
+    version = ".".join(str(number) for number in numbers(release)[:2])
+    if not version:
+        return "the report names no kernel to look it up by, so none counts as settable"
+    return f"it is taken from upstream Linux {version}"
+
+
+def _some(hosts: list[str]) -> str:
+    more = f" and {len(hosts) - _NAMED} more" if len(hosts) > _NAMED else ""
+    return ", ".join(hosts[:_NAMED]) + more

@@ -126,7 +126,7 @@ class Interfaces:
     def _scope(self, fenced: bool) -> list[str]:
         source = self._node.report.measured.get("source")
         recorded = [] if source == "kvm" else [f"not judged: the KVM of this machine; the report is {source}"]
-        return [*scope(fenced, self._node.report.architecture), *recorded]
+        return [*scope(fenced, self._node.report.architecture, self._node.report), *recorded]
 
     def _judge(self, request: Request) -> tuple[Contract | None, tuple[Blocker, ...]]:
         try:
