@@ -48,11 +48,12 @@ def emission(arguments: argparse.Namespace, contract: Contract, host: FeatureSet
     from kvmneg.emit import qemu
     from kvmneg.host import qemu_probe
 
-    path = arguments.qemu or qemu_probe.find()
+    binary = qemu_probe.BINARIES[contract.architecture]
+    path = arguments.qemu or qemu_probe.find(binary)
     if path is None and arguments.machine is None:
-        hint = "install qemu-system-x86, name one with --qemu, or its machine type with --machine"
-        raise UsageError(f"there is no {qemu_probe.BINARY} to ask", hint=hint)
-    build = qemu_probe.probe(path) if path else None
+        hint = "install it, name one with --qemu, or its machine type with --machine"
+        raise UsageError(f"there is no {binary} to ask", hint=hint)
+    build = qemu_probe.probe(path, contract.architecture) if path else None
     machine = arguments.machine or (build.machine if build else "")
     known = build.properties if build else None
     return qemu.emit(contract, machine, known=known, host=host, accelerator=arguments.accel or "kvm")

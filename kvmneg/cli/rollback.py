@@ -50,8 +50,9 @@ def _check(arguments: argparse.Namespace) -> int:
     if answer.fence is None:
         names = ", ".join(dict.fromkeys(blocker.feature for blocker in answer.blockers))
         fields = {key: value for key, value in answer.to_json().items() if key != "blockers"}
+        whose = f"guests of {arguments.vmm}" if arguments.vmm else "guests"
         raise Blocked(
-            f"no fence exists under which guests could go back from {new.host} to {old.host}: {names}",
+            f"no fence exists under which {whose} could go back from {new.host} to {old.host}: {names}",
             answer.blockers,
             **fields,
         )

@@ -114,13 +114,14 @@ def emit(
     next QEMU. `known` are the properties that the build to be started has (None: not asked, every name is
     used). `host` is what this host offers: with enforce=on QEMU refuses a property that the host lacks,
     whatever the bit means, so an or-bit that the guest must be told and the host has not raises Blocked
-    with cause "vmm". Raises UsageError for another architecture or a machine type without a version.
+    with cause "vmm". Raises UsageError for a machine type without a version. arm64: kvmneg.emit.qemu_arm64.
     """
-    if contract.architecture != words.X86_64:
-        raise UsageError(
-            f"QEMU arguments can be made for {words.X86_64} only, not for {contract.architecture}"
-        )
     check_machine(machine)
+    if contract.architecture == words.ARM64:
+        from kvmneg.emit import qemu_arm64  # its twin
+
+        model = qemu_arm64.cpu(contract, known, host)
+        return Emission(f"{escape(machine)},gic-version=3", model, accelerator, ())
     values = contract.words()
     properties, left_out = _properties(values, known)
     if host is not None:

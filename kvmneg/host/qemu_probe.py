@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from typing import Any
 
 BINARY = "qemu-system-x86_64"
-_TYPE = "base-x86_64-cpu"
+BINARIES = {"x86_64": BINARY, "arm64": "qemu-system-aarch64"}
+# architecture → types of CPU whose properties are those a guest can be given, the best first; prefix of machine types
+_TYPES = {"x86_64": ("base-x86_64-cpu",), "arm64": ("host-arm-cpu", "max-arm-cpu")}
+_MACHINES = {"x86_64": "pc-q35", "arm64": "virt"}
 _QUIET = ("-S", "-nodefaults", "-no-user-config", "-display", "none", "-serial", "none", "-qmp", "stdio")
 _STATUS_PAUSED = ("prelaunch", "paused")
 
 
 class Build:
-    """One QEMU binary: `version` ("7.2.22"), `machines` (versioned q35 types, newest first), `properties`."""
+    """One QEMU binary: `version` ("7.2.22"), `machines` (versioned q35 or virt types, newest first), `properties`."""
 
     __slots__ = ("machines", "path", "properties", "version")
 
@@ -44,9 +47,9 @@ class Build:
 
     @property
     def machine(self) -> str:
-        """The newest versioned q35 machine type. Raises VmmFault where the build has none."""
+        """The newest versioned machine type. Raises VmmFault where the build has none."""
         if not self.machines:
-            raise VmmFault(f"{self.path} has no versioned q35 machine type", hint="name one with --machine")
+            raise VmmFault(f"{self.path} has no versioned machine type", hint="name one with --machine")
         return self.machines[0]
 
 
@@ -61,21 +64,35 @@ def find(binary: str = BINARY) -> str | None:
     return None
 
 
-def probe(path: str, *, timeout: float = limits.QEMU_SECONDS) -> Build:
-    """What a QEMU binary knows, asked with neither guest nor accelerator. Raises VmmFault."""
+def probe(path: str, architecture: str = "x86_64", *, timeout: float = limits.QEMU_SECONDS) -> Build:
+    """What a QEMU binary knows, asked with neither guest nor accelerator. Raises VmmFault.
+
+    On arm64 those of its own `max` where it was built without KVM, which has no properties of KVM's then.
+    """
+    family = _MACHINES[architecture]
     with Monitor([path, "-M", "none", "-accel", "tcg", *_QUIET], timeout) as monitor:
         version = monitor.greeting["QMP"]["version"]["qemu"]
-        properties = monitor.ask("device-list-properties", typename=_TYPE)
+        properties = _properties(monitor, _TYPES[architecture])
         machines = [row["name"] for row in monitor.ask("query-machines") if not row.get("deprecated")]
-    versioned = sorted((name for name in machines if _version(name)), key=_version, reverse=True)
+    found = {name: _version(name, family) for name in machines}
+    versioned = sorted((name for name in found if found[name]), key=lambda name: found[name], reverse=True)
     text = f"{version['major']}.{version['minor']}.{version['micro']}"
-    return Build(path, text, tuple(versioned), frozenset(row["name"] for row in properties))
+    return Build(path, text, tuple(versioned), properties)
 
 
-def _version(machine: str) -> tuple[int, ...]:
+def _properties(monitor: Monitor, types: tuple[str, ...]) -> frozenset[str]:
+    """The properties of the first type that this build has. Raises VmmFault where it has none of them."""
+    *others, last = types
+    for name in others:
+        with contextlib.suppress(VmmFault):
+            return frozenset(row["name"] for row in monitor.ask("device-list-properties", typename=name))
+    return frozenset(row["name"] for row in monitor.ask("device-list-properties", typename=last))
+
+
+def _version(machine: str, family: str) -> tuple[int, ...]:
     prefix, _, numbers = machine.rpartition("-")
     parts = numbers.split(".")
-    return tuple(map(int, parts)) if prefix == "pc-q35" and all(part.isdecimal() for part in parts) else ()
+    return tuple(map(int, parts)) if prefix == family and all(part.isdecimal() for part in parts) else ()
 
 
 def start_paused(path: str, arguments: Sequence[str], *, timeout: float = limits.QEMU_SECONDS) -> str:

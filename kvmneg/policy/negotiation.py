@@ -127,6 +127,7 @@ def _answer(
     blockers += unreachable(granted, report, wanted_by)
     if seen is not None:
         blockers += _refused(granted, seen, wanted_by)
+        blockers += _untold(granted, seen, wanted_by, blockers)
     if request.tsc_khz and (unpinned := rates.refusal(request.tsc_khz, top, host, fence, "the request")):
         blockers.append(unpinned)
     if blockers:
@@ -178,7 +179,7 @@ def check(contract: Contract, report: Report, vmm: str | None = None) -> tuple[B
     if contract.portable:
         from kvmneg.policy import portable  # arm64's only
 
-        blockers += portable.unknown(contract.portable, there, vmm)
+        blockers += portable.unknown(contract.portable, there, seen)
     return (*coverage.blockers(report), *_sorted(blockers))
 
 
@@ -195,6 +196,16 @@ def _refused(granted: FeatureSet, seen: Through, wanted_by: str) -> list[Blocker
     from kvmneg.policy import vmm as vmms  # as in _through
 
     return vmms.refused(granted, seen, wanted_by)
+
+
+def _untold(granted: FeatureSet, seen: Through, wanted_by: str, known: Iterable[Blocker]) -> list[Blocker]:
+    """arm64: what KVM could be told to show and the VMM cannot tell it, but for what is a blocker already."""
+    if granted.architecture != words.ARM64:
+        return []
+    from kvmneg.policy import vmm_arm64  # as in _through
+
+    told = {blocker.feature for blocker in known}
+    return [one for one in vmm_arm64.unset(granted, seen, wanted_by) if one.feature not in told]
 
 
 def check_request(request: Request, report: Report, fence: Fence | None = None) -> Answer:

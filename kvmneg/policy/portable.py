@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from kvmneg.features.featureset import FeatureSet
     from kvmneg.features.report import Report
+    from kvmneg.policy.vmm import Through
 
 CARRY, DROP_IF, DROP_IF_TIMER_OFF, REFUSE = "carry", "drop-if", "drop-if-timer-off", "refuse"
 RULES = (CARRY, DROP_IF, DROP_IF_TIMER_OFF, REFUSE)  # in the binary form: the place in here, from 1
@@ -34,6 +35,14 @@ STD, STD_HYP, VENDOR_HYP, VENDOR_HYP_2 = range(0x6030_0000_0016_0000, 0x6030_000
 _PMMIR = 0x6030_0000_0013_C4F6  # PMMIR_EL1
 # OSLSR_EL1: the OS lock. Kernels that do not list it (before 5.18) show every guest 8: there is a lock, and it is open.
 _OSLSR, _UNLOCKED = 0x6030_0000_0013_808C, 8
+# TCR2_EL1, PIRE0_EL1, PIR_EL1: before 6.13 listed without the feature too. A guest that is not given it cannot write
+# them, so they hold what KVM resets them to (reset_val, reset_unknown of arch/arm64/kvm/sys_regs.c).
+_UNWRITTEN = 0x1DE7_EC7E_DBAD_C0DE
+_STAGE1 = {
+    0x6030_0000_0013_C103: ("aa64mmfr3-tcrx", 0),
+    0x6030_0000_0013_C512: ("aa64mmfr3-s1pie", _UNWRITTEN),
+    0x6030_0000_0013_C513: ("aa64mmfr3-s1pie", _UNWRITTEN),
+}
 # Of the calls of a bitmap that a kernel does not list (before 5.19), those that it answers to all guests, since when:
 # random numbers and the vendor's calls since 5.12, stolen time since 5.5. There no bit stays clear.
 _ANSWERED = {STD: (5, 12), STD_HYP: (5, 5), VENDOR_HYP: (5, 12)}
@@ -83,6 +92,9 @@ def drop_rule(register: int, granted: FeatureSet | None = None) -> Entry:
     if register in (STD, VENDOR_HYP, VENDOR_HYP_2, _PMMIR):
         # no call is offered, no event can be counted: nothing was ever shown
         return Entry(register, DROP_IF, 0)
+    base = _STAGE1.get(register)
+    if base is not None and granted is not None and not granted.field(base[0]):
+        return Entry(register, DROP_IF, base[1])
     if register == _OSLSR:
         return Entry(register, DROP_IF, _UNLOCKED)
     if register in _TIMER:
@@ -99,19 +111,24 @@ def common(reports: Iterable[Report]) -> tuple[int, ...]:
     return tuple(sorted(frozenset.intersection(*lists))) if lists and all(lists) else ()
 
 
-def unknown(rules: Iterable[Entry], target: Report, vmm: str | None = None) -> list[Blocker]:
+def unknown(rules: Iterable[Entry], target: Report, vmm: Through | None = None) -> list[Blocker]:
     """Why a guest's registers cannot go to a host that lists fewer: one blocker a register.
 
-    Without a VMM's name it is one that follows the contract. A target whose list is not known tells nothing.
+    Without a VMM (kvmneg.policy.vmm) it is one that follows the contract. A target without a list tells nothing.
     """
     if not target.registers:
         return []
+    lost: frozenset[int] | None = None
+    if vmm is not None:
+        from kvmneg.policy import vmm_arm64  # only where a VMM is named
+
+        lost = vmm_arm64.leaves_out(vmm)
     listed, where, found = frozenset(target.registers), f"host {target.host}", []
     for rule in rules:
         if rule.register in listed:
             continue
-        if vmm is not None:
-            because = f"{target.host} does not know this register, and {vmm} cannot leave one out"
+        if vmm is not None and lost is not None and rule.register not in lost:
+            because = f"{target.host} does not know this register, and {vmm.title} cannot leave it out"
             found.append(Blocker(rule.word(), rule.word(), None, "the guest", where, "vmm", because))
             continue
         because = _obstacle(rule, target)

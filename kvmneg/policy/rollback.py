@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from kvmneg.features.report import Report
     from kvmneg.policy.portable import Entry
+    from kvmneg.policy.vmm import Through
 
 # who wants what stands in the way, for people
 _FENCED, _UNFENCED = "the way back", "a guest without the fence"
@@ -96,8 +97,13 @@ def judge(new: Report, old: Report, vmm: str | None = None) -> Answer:
         unfenced += levelling.unreachable(unasked, old, _UNFENCED)
         rules = _rules(new, old, granted)
         dropped = tuple(one for one in rules if one.rule in (portable.DROP_IF, portable.DROP_IF_TIMER_OFF))
-        blockers += portable.unknown(rules, old, vmm)
-        unfenced += portable.unknown([_without(one) for one in rules], old, vmm)
+        seen = _through(new, vmm)
+        if seen is not None:
+            from kvmneg.policy import vmm_arm64  # as above
+
+            blockers += vmm_arm64.unset(granted, seen, _FENCED)
+        blockers += portable.unknown(rules, old, seen)
+        unfenced += portable.unknown([_without(one) for one in rules], old, seen)
     blockers = [blocker._replace(wanted_by=_FENCED) for blocker in blockers]
     unfenced = [blocker._replace(wanted_by=_UNFENCED) for blocker in unfenced]
     fence = None if blockers else Fence(granted, registers=portable.common((new, old)))
@@ -108,6 +114,14 @@ def forward(new: Report, old: Report) -> bool:
     """Whether `old` has the newer kernel of both: then the answer is about the way forward."""
     ours, theirs = (numbers(str(report.combo.get("kernel") or "")) for report in (new, old))
     return bool(ours and theirs) and ours < theirs
+
+
+def _through(report: Report, vmm: str | None) -> Through | None:
+    if vmm is None:
+        return None
+    from kvmneg.policy import vmm as vmms  # only where one is named
+
+    return vmms.through(report, vmm)
 
 
 def _unasked(offer: FeatureSet) -> FeatureSet:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from kvmneg.errors import UsageError
 from kvmneg.features import catalog as catalogs
-from kvmneg.features import rules
+from kvmneg.features import rules, words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.report import Report
 from kvmneg.policy import definitions
@@ -58,9 +58,21 @@ class Through:
 
     `report` is the host's with offer and accept as they are through this VMM; `host` the one measured. `enforces`
     says why the VMM refuses what the host lacks, "" where it takes everything. `version` is "" where no build is known.
+    `arm64` is what it does with registers (kvmneg.policy.vmm_arm64), of an arm64 host.
     """
 
-    __slots__ = ("_by_feature", "changes", "enforces", "host", "name", "named", "report", "title", "version")
+    __slots__ = (
+        "_by_feature",
+        "arm64",
+        "changes",
+        "enforces",
+        "host",
+        "name",
+        "named",
+        "report",
+        "title",
+        "version",
+    )
 
     def __init__(self, host: Report, name: str) -> None:
         base, dash, version = name.partition("-")
@@ -71,6 +83,10 @@ class Through:
         self.name = name
         self.title = str(table["title"])
         self.version = version or _oldest(host, base)
+        self.arm64: Mapping[str, Any] = {}
+        if host.architecture == words.ARM64:
+            # properties of x86 do not concern it; its own differences stand beside what it does with registers
+            table = self.arm64 = table.get("arm64", {})
         self.enforces = str(table.get("enforces", ""))
         self.named: dict[str, Any] = table.get("names", {})
         self.changes = tuple(_changes(table, self.named, host, self.version))
@@ -174,6 +190,9 @@ def _with(host: Report, offer: dict[str, int], accept: dict[str, int]) -> Report
         accept={word: value for word, value in accept.items() if value != offer.get(word)},
         silicon=host.silicon_words,
         enforcement=host.enforcement,
+        settable=host.settable_words,
+        dropped=host.dropped_words,
+        registers=host.registers,
     )
 
 
