@@ -123,12 +123,16 @@ def _levels(screen: Screen, report: Report) -> None:
         screen.head("levels")
     told: set[str] = set()
     for name in names:
-        wanted = [table.feature(feature) for feature in definitions.level(name, report.architecture)]
-        missing = [feature.name for feature in wanted if not report.offer.value(feature.word) & feature.mask]
+        missing = []
+        for wanted, least in definitions.least(name, report.architecture).items():
+            value = table.feature(wanted).of(report.offer.value(table.feature(wanted).word))
+            if value < least:
+                missing.append(f"{wanted}>={least}" if least > 1 else wanted)
         if missing:
-            # each level holds the one before: what that one lacks is not told again
+            # most levels hold the one before: what that one lacks is not told again
+            new = [feature for feature in missing if feature not in told]
             also = ["no,", "nor:"] if told else ["no:"]
-            screen.words(name, [*also, *(feature for feature in missing if feature not in told)])
+            screen.words(name, [*also, *new] if new else ["no"])
         else:
             screen.words(name, ["yes"])
         told.update(missing)

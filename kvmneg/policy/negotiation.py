@@ -123,6 +123,7 @@ def _answer(
     blockers = [
         reasons.missing(feature, wanted.by(feature), granted, host, fence, seen=seen) for feature in missing
     ]
+    blockers += _too_low(wanted, granted, report.host, missing)
     wanted_by = "the fence" if fence else request.describe(report.architecture)
     blockers += unreachable(granted, report, wanted_by)
     if seen is not None:
@@ -147,6 +148,20 @@ def _answer(
     pinned = (fence.generation, fence.digest) if fence else (0, "")
     contract = Contract(granted, pinned, grade.of(granted, report), **_carried(granted, report, fence))
     return Answer(contract, tuple(_sorted(not_granted)))
+
+
+def _too_low(wanted: _Wanted, granted: FeatureSet, host: str, missing: Iterable[Feature]) -> list[Blocker]:
+    """The numbers of a level that are there, and lower than it asks for."""
+    absent = {feature.name for feature in missing}
+    found = []
+    for name, least in wanted.least.items():
+        feature = wanted.names.by_name[name]
+        value = feature.of(granted.value(feature.word))
+        if name not in absent and value < least and feature.width > 1:
+            because = f"{least:#x} is needed, {value:#x} is what there is"
+            place = name, feature.word, None
+            found.append(Blocker(*place, wanted.by(feature), f"host {host}", "silicon", because))
+    return found
 
 
 def _carried(granted: FeatureSet, report: Report, fence: Fence | None) -> dict[str, Any]:
@@ -231,12 +246,8 @@ class _Wanted:
         self.names = catalogs.names(architecture)
         boot = definitions.Boot(architecture)
         self.request = request
-        # arm64: an ID register is shown as it is but for what is set, so what is not asked for is not taken away
+        # arm64: a register is shown as it is but for what is set; a level sets what levels are about, and no more
         whole = architecture == words.ARM64
-        if whole and request.exact is not None:
-            raise UsageError(
-                "ID registers of arm64 are granted whole", hint="ask for max, or require features"
-            )
         self.maximum = request.maximum
         self.everything = request.maximum or whole
         level = None if whole and request.default else request.level
@@ -256,8 +267,10 @@ class _Wanted:
         # a request for nothing else is not even asked to start; every other guest must
         needed = self._features(() if request.exact is not None else boot.essential)
         booting, levelled = self._features(boot.require), []
+        self.least: dict[str, int] = {}
         if level is not None:
-            levelled = self._features(definitions.level(level, architecture))
+            self.least = definitions.least(level, architecture)
+            levelled = self._features(self.least)
             needed += booting
         self._by = dict.fromkeys((feature.name for feature in levelled), request.describe())
         self._by |= dict.fromkeys((feature.name for feature in needed), "every guest")
@@ -265,6 +278,8 @@ class _Wanted:
         self.required = _distinct([*asked, *needed, *levelled])
         optional = self._features((*request.optional, *(boot.optional if level is not None else ())))
         self.optional = [feature for feature in _distinct(optional) if feature not in self.required]
+        self.lowers = whole and (level is not None or request.exact is not None)
+        self.asked = {feature.name for feature in (*asked, *self._features(request.optional))}
         for feature in (*self.required, *self.optional):
             _refuse_unaskable(feature, architecture)
         self._refuse_baseless()
@@ -379,7 +394,11 @@ def _select(wanted: _Wanted, top: FeatureSet) -> FeatureSet:
         for field in rule.fields:
             if not given >> field.shift & field.mask:
                 values[word] |= field.bottom << field.shift
-    if wanted.request.exact is not None:
+    if wanted.lowers:
+        from kvmneg.policy import levels_arm64  # x86 grants by name
+
+        values = levels_arm64.lowered(values, wanted.least, wanted.asked)
+    elif wanted.request.exact is not None:
         _keep_named_controls(wanted, values)
     if rates.WORD in values:  # one rate, and only for who asked for it: an interval would promise all of it
         khz = wanted.request.tsc_khz or 0

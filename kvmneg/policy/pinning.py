@@ -87,4 +87,9 @@ def _platform(name: str, report: Report) -> FeatureSet:
             # an or-bit is a risk that the host has, whatever its platform: it stays
             cut = rule.judged & ~rule.or_mask & ~kept.get(word, 0)
             values[word] = offered & ~cut | rule.bottom & cut
+    for number, most in definitions.at_most(name, report.architecture).items():
+        feature = names.feature(number)
+        value = values.get(feature.word, 0)
+        if feature.of(value) > most:
+            values[feature.word] = value & ~feature.mask | most << feature.shift
     return FeatureSet.of(report.architecture, values)

@@ -21,7 +21,7 @@ from kvmneg.policy.fence import Fence
 from kvmneg.policy.negotiation import check, check_request, negotiate
 from kvmneg.policy.request import Request
 
-LEVELS = definitions.available("levels")
+LEVELS = definitions.levels("x86_64")
 # what can be asked for one by one; state comes along by itself
 BITS = sorted(f.name for f in NAMES.by_name.values() if f.is_bit and not f.word.startswith("state:"))
 

@@ -43,10 +43,11 @@ def _load(kind: str, name: str) -> dict[str, Any]:
 class Boot:
     """What a guest starts with: features required and optional, numbers carried, and the essential ones.
 
-    `at_most`: (number, value, feature): the number is that value or less in a guest without the feature.
+    `at_most`: (number, value, feature): the number is that value or less in a guest without the feature. `decided`:
+    words that a level or an exact request decides alone (arm64; on x86 it decides all).
     """
 
-    __slots__ = ("at_most", "carry", "essential", "optional", "require")
+    __slots__ = ("at_most", "carry", "decided", "essential", "optional", "require")
 
     def __init__(self, architecture: str) -> None:
         table = _load("boot", architecture)
@@ -54,20 +55,33 @@ class Boot:
         self.optional: tuple[str, ...] = tuple(table["optional"])
         self.carry: tuple[str, ...] = tuple(table["carry"])
         self.essential: tuple[str, ...] = tuple(table["essential"])
+        self.decided: tuple[str, ...] = tuple(table.get("decided", ()))
         self.at_most = tuple((row["number"], row["value"], row["unless"]) for row in table.get("at-most", ()))
 
 
 def level(name: str, architecture: str) -> tuple[str, ...]:
-    """The features of a level, with its base's. Raises UsageError for another name or architecture."""
+    """The features of a level, with its bases'. Raises UsageError for another name or architecture."""
+    return tuple(least(name, architecture))
+
+
+def least(name: str, architecture: str) -> dict[str, int]:
+    """The features of a level and the least value of each ("name>=2" in the file, 1 else). Raises as `level` does."""
     table = _load("levels", name)
     if table["architecture"] != architecture:
         raise UsageError(f"level {name} is of {table['architecture']}, this host is {architecture}")
-    base = table.get("based-on")
-    return (*(level(base, architecture) if base else ()), *table["features"])
+    bases = table.get("based-on", ())
+    found: dict[str, int] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        for feature, value in least(base, architecture).items():
+            found[feature] = max(value, found.get(feature, 0))
+    for text in table["features"]:
+        feature, _, value = text.partition(">=")
+        found[feature] = max(int(value or 1), found.get(feature, 0))
+    return found
 
 
 def levels(architecture: str) -> tuple[str, ...]:
-    """The names of an architecture's levels, sorted; arm64 has none yet."""
+    """The names of an architecture's levels, sorted."""
     return tuple(
         name for name in available("levels") if _load("levels", name)["architecture"] == architecture
     )
@@ -83,6 +97,12 @@ def platform(name: str, architecture: str) -> tuple[tuple[str, ...], tuple[str, 
     if bounds is None:
         raise UsageError(f"platform {name} is not defined for {architecture}")
     return tuple(bounds), tuple(table["features"].get(architecture, ()))
+
+
+def at_most(name: str, architecture: str) -> dict[str, int]:
+    """The numbers that a platform bounds, with the highest value of each. Raises UsageError for another name."""
+    found: dict[str, int] = _load("platforms", name).get("at-most", {}).get(architecture, {})
+    return found
 
 
 def vmm(name: str) -> dict[str, Any]:
