@@ -60,7 +60,7 @@ class Verdict(NamedTuple):
         more = f" and {len(guilty) - _NAMED} more" if len(guilty) > _NAMED else ""
         what = {
             LEVELLED: "is set to the common value",
-            MUST_MATCH: "and that kernel does not let it be set",
+            MUST_MATCH: f"and {_unwritten(self.feature)}",
             NEVER: f"and no kernel up to {NEWEST} lets it be set",
         }
         return f"{self.value:#x} in common, {named}{more} {what[self.verdict]}"
@@ -112,7 +112,7 @@ def unreachable(granted: FeatureSet, report: Report, wanted_by: str = "the contr
     found = []
     for feature, offered, wanted, verdict in _standing(granted, report):
         if verdict != LEVELLED:
-            why = f"KVM of {kernel(report)} does not let it be set"
+            why = _unwritten(feature.name, f"KVM of {kernel(report)}")
             if verdict == NEVER:
                 why = f"no KVM up to {NEWEST} lets it be set"
             has = f"is {offered:#x} for guests there" if offered is not None else "is no register there"
@@ -120,6 +120,15 @@ def unreachable(granted: FeatureSet, report: Report, wanted_by: str = "the contr
             where = f"host {report.host}"
             found.append(Blocker(feature.name, feature.word, None, wanted_by, where, "kvm", because))
     return found
+
+
+def _unwritten(name: str, kvm: str = "that kernel") -> str:
+    """Why a field that must match is not set to the common value."""
+    feature = catalogs.names(words.ARM64).by_name[name]
+    if _NOT_YET in feature.settable:
+        # KVM_CAP_ARM_WRITABLE_IMP_ID_REGS is of use with a list of implementations, which the VMM has to give the guest
+        return f"it is set for no guest: {feature.why}"
+    return f"{kvm} does not let it be set"
 
 
 def _standing(granted: FeatureSet, report: Report) -> Iterator[tuple[Feature, int | None, int, str]]:
@@ -284,7 +293,12 @@ def _matched(met: FeatureSet, members: Sequence[Report]) -> FeatureSet:
         fixed = {value for report, value in rows if _fixed(report, word, mask)}
         if not rows or len(fixed) > 1:
             continue
-        oldest = min(rows, key=lambda row: (numbers(kernel(row[0])), row[1]))[1]
+        # a host whose caches need cleaning takes no hierarchy without a level to clean to (_caches), others take any
+        coherent = catalogs.names(words.ARM64).by_name["ctr-idc"]
+        oldest = min(
+            rows,
+            key=lambda row: (coherent.of(row[0].offer_words.get(CTR, 0)), numbers(kernel(row[0])), row[1]),
+        )[1]
         kept[word] = met.value(word) & ~mask | (fixed.pop() if fixed else oldest)
     return FeatureSet.of(words.ARM64, kept)
 

@@ -181,3 +181,36 @@ def test_what_kvm_accepted_and_dropped_is_not_settable() -> None:
     host = hosts.report("a", {**hosts.NEW, hosts.MMFR2: 2 << 24}, dropped={hosts.MMFR2: 0xF << 24})
     blockers = levelling.unreachable(FeatureSet.of("arm64", {**hosts.NEW, hosts.MMFR2: 0}), host)
     assert [blocker.feature for blocker in blockers] == ["aa64mmfr2-nv"]
+
+
+def test_caches_are_told_as_a_member_has_them_that_must_clean_them() -> None:
+    """set_clidr refuses a hierarchy without a level of unification where the host's CTR_EL0.IDC is 0."""
+    idc = 1 << 28
+    clean = hosts.report(
+        "clean", {**hosts.NEW, hosts.CTR: hosts.N1[hosts.CTR] | idc, hosts.CLIDR: 0x200_0023}, kernel="6.12.1"
+    )
+    dirty = hosts.report(
+        "dirty",
+        {**hosts.NEW, hosts.CTR: hosts.N1[hosts.CTR] & ~idc, hosts.CLIDR: 0x920_0023},
+        kernel="6.18.1",
+    )
+    for pool_ in ([clean, dirty], [dirty, clean]):
+        granted = pool.baseline(pool_)
+        assert granted.value(hosts.CLIDR) == 0x920_0023 and not granted.field("ctr-idc")
+    # a member that cannot be told is the one that decides, and then there is none
+    stuck = hosts.report("stuck", clean.offer_words, kernel="6.1.1", settable=hosts.WRITABLE_6_1)
+    assert "clidr-loc" in verdicts(stuck, dirty)
+
+
+def test_why_a_cpu_is_not_renamed() -> None:
+    """KVM takes another MIDR since 6.15; a guest given one would have to be given the list of real CPUs too."""
+    every = {**hosts.WRITABLE, hosts.MIDR: hosts.EVERY}
+    one, other = (
+        hosts.report(name, {**hosts.NEW, hosts.MIDR: value}, settable=every)
+        for name, value in (("a", 0x413F_D0C1), ("b", 0x411F_D401))
+    )
+    with pytest.raises(Incompatible, match="midr") as no:
+        pool.baseline([one, other])
+    assert "errata" in no.value.blockers[0].because
+    (blocker,) = levelling.unreachable(other.offer, one)
+    assert blocker.feature == "midr" and "errata" in blocker.because
