@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
+from kvmneg.features.difference import Blocker
 from kvmneg.policy import definitions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from kvmneg.features.catalog import Feature
+    from kvmneg.features.featureset import FeatureSet
 
 _SWITCHES = "arm:vcpu-features"
 
@@ -52,6 +54,19 @@ def lowered(values: Mapping[str, int], least: Mapping[str, int], asked: Collecti
             continue  # lengths: a level asks for some, not which
         if feature.name not in asked and feature.word in found and feature.of(value) > most:
             found[feature.word] = value & ~feature.mask | most << feature.shift
+    return found
+
+
+def too_low(least: Mapping[str, int], granted: FeatureSet, missing: Iterable[Feature]) -> list[Blocker]:
+    """The numbers of a level that are there, and lower than it asks for; `missing` are those that are not there."""
+    names, absent = catalogs.names(words.ARM64), {feature.name for feature in missing}
+    found = []
+    for name, wanted in least.items():
+        feature = names.by_name[name]
+        value = feature.of(granted.value(feature.word))
+        if name not in absent and value < wanted and feature.width > 1:
+            because = f"{wanted:#x} is needed, {value:#x} is what there is"
+            found.append(Blocker(name, feature.word, None, "", "", "silicon", because))
     return found
 
 

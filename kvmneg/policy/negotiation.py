@@ -123,12 +123,21 @@ def _answer(
     blockers = [
         reasons.missing(feature, wanted.by(feature), granted, host, fence, seen=seen) for feature in missing
     ]
-    blockers += _too_low(wanted, granted, report.host, missing)
+    if wanted.least and wanted.lowers:
+        from kvmneg.policy import levels_arm64  # x86's levels are of bits
+
+        low = levels_arm64.too_low(wanted.least, granted, missing)
+        blockers += [
+            one._replace(missing_on=f"host {report.host}", wanted_by=request.describe()) for one in low
+        ]
     wanted_by = "the fence" if fence else request.describe(report.architecture)
     blockers += unreachable(granted, report, wanted_by)
     if seen is not None:
         blockers += _refused(granted, seen, wanted_by)
-        blockers += _untold(granted, seen, wanted_by, blockers)
+        if seen.arm64:
+            from kvmneg.policy import vmm_arm64  # as in _through
+
+            blockers += vmm_arm64.unset(granted, seen, wanted_by, blockers)
     if request.tsc_khz and (unpinned := rates.refusal(request.tsc_khz, top, host, fence, "the request")):
         blockers.append(unpinned)
     if blockers:
@@ -148,20 +157,6 @@ def _answer(
     pinned = (fence.generation, fence.digest) if fence else (0, "")
     contract = Contract(granted, pinned, grade.of(granted, report), **_carried(granted, report, fence))
     return Answer(contract, tuple(_sorted(not_granted)))
-
-
-def _too_low(wanted: _Wanted, granted: FeatureSet, host: str, missing: Iterable[Feature]) -> list[Blocker]:
-    """The numbers of a level that are there, and lower than it asks for."""
-    absent = {feature.name for feature in missing}
-    found = []
-    for name, least in wanted.least.items():
-        feature = wanted.names.by_name[name]
-        value = feature.of(granted.value(feature.word))
-        if name not in absent and value < least and feature.width > 1:
-            because = f"{least:#x} is needed, {value:#x} is what there is"
-            place = name, feature.word, None
-            found.append(Blocker(*place, wanted.by(feature), f"host {host}", "silicon", because))
-    return found
 
 
 def _carried(granted: FeatureSet, report: Report, fence: Fence | None) -> dict[str, Any]:
@@ -211,16 +206,6 @@ def _refused(granted: FeatureSet, seen: Through, wanted_by: str) -> list[Blocker
     from kvmneg.policy import vmm as vmms  # as in _through
 
     return vmms.refused(granted, seen, wanted_by)
-
-
-def _untold(granted: FeatureSet, seen: Through, wanted_by: str, known: Iterable[Blocker]) -> list[Blocker]:
-    """arm64: what KVM could be told to show and the VMM cannot tell it, but for what is a blocker already."""
-    if granted.architecture != words.ARM64:
-        return []
-    from kvmneg.policy import vmm_arm64  # as in _through
-
-    told = {blocker.feature for blocker in known}
-    return [one for one in vmm_arm64.unset(granted, seen, wanted_by) if one.feature not in told]
 
 
 def check_request(request: Request, report: Report, fence: Fence | None = None) -> Answer:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from kvmneg.features import words
 from kvmneg.features.difference import Blocker
-from kvmneg.policy.kernels import numbers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -139,9 +138,13 @@ def unknown(rules: Iterable[Entry], target: Report, vmm: Through | None = None) 
 
 def _obstacle(rule: Entry, target: Report) -> str:
     """Why a register that a target does not list cannot be left out on the way there, "" where it can."""
-    since = _ANSWERED.get(rule.register)
-    if since is not None and numbers(str(target.combo.get("kernel") or "")) >= since:
-        return f"{target.host} does not know this register, and answers the calls behind it to every guest"
+    if rule.register in _ANSWERED:
+        from kvmneg.policy.kernels import numbers  # with tables, which most answers do without
+
+        if numbers(str(target.combo.get("kernel") or "")) >= _ANSWERED[rule.register]:
+            return (
+                f"{target.host} does not know this register, and answers the calls behind it to every guest"
+            )
     if rule.rule in (CARRY, REFUSE):
         return f"{target.host} does not know this register, and nothing says that it may be dropped"
     return ""

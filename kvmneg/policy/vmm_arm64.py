@@ -20,7 +20,7 @@ from kvmneg.policy.kernels import numbers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import Any
 
     from kvmneg.features.catalog import Feature
@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 INIT = "arm:vcpu-features"
 
 
-def unset(granted: FeatureSet, seen: Through, wanted_by: str) -> list[Blocker]:
-    """One blocker for each field that a guest of this VMM would see otherwise than `granted` has it."""
+def unset(granted: FeatureSet, seen: Through, wanted_by: str, told: Iterable[Blocker] = ()) -> list[Blocker]:
+    """One blocker for each field that a guest of this VMM would see otherwise than `granted` has it.
+
+    Not for those of `told`: what KVM does not let be set is its fault.
+    """
     table = seen.arm64
     if granted.architecture != words.ARM64 or table.get("follows_contracts") or table.get("sets_all"):
         return []
-    able = settable(table, seen.version)
+    able = settable(table, seen.version) | {blocker.feature for blocker in told}
     found = []
     for feature, wanted, shown in differing(granted, seen.host.offer):
         if feature.name not in able:
