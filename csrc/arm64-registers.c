@@ -113,8 +113,8 @@ bool kvmneg_internal_is_word(uint64_t id) {
 
 /* Arm's Architecture Reference Manual (DDI 0487), D24.2; registers whose fields are not four bits each. */
 uint64_t kvmneg_internal_fields(uint64_t id) {
-        if (COPROC(id) == KVM_REG_ARM_DEMUX) /* CCSIDR: LineSize, Associativity, NumSets */
-                return BIT(0) | BIT(3) | BIT(13) | BIT(28);
+        if (COPROC(id) == KVM_REG_ARM_DEMUX) /* CCSIDR: LineSize, Associativity, NumSets, policies; 32 bits in all */
+                return BIT(0) | BIT(3) | BIT(13) | BIT(28) | BIT(32);
         switch (id) {
         case MIDR_EL1: /* Revision, PartNum, Architecture, Variant, Implementer */
                 return BIT(0) | BIT(4) | BIT(16) | BIT(20) | BIT(24) | BIT(32);

@@ -168,7 +168,8 @@ static int try_psci(int vcpu_fd, struct kvmneg_trial *trial, struct kvmneg_probe
                         return r;
                 if (got == versions[i] && probe->psci_count < KVMNEG_PSCI_VERSIONS) {
                         probe->psci_versions[probe->psci_count++] = versions[i];
-                        trial->settable |= got ^ trial->reset;
+                        if (got != trial->reset)
+                                trial->settable = UINT32_MAX; /* a number: all of it */
                         trial->value = got;
                 }
         }

@@ -36,6 +36,7 @@ def _arguments() -> argparse.Namespace:
         verb = verbs.add_parser(name)
         verb.add_argument("host")
         verb.add_argument("--cpu", default="")
+        verb.add_argument("--qemu", default="", help="an unpacked QEMU of this version, not the installed one")
         if name == "record":
             verb.add_argument("--to", type=Path, help="the report's file")
             verb.add_argument("--name", default="", help="the host's name in it")
@@ -74,7 +75,7 @@ def _show(kind: str, data: bytes) -> None:
 
 def _run(given: argparse.Namespace) -> int:
     times = [time.monotonic()]
-    host = catalogue.find(given.host, given.cpu)
+    host = catalogue.find(given.host, given.cpu, given.qemu)
     files = project.files(host.architecture)
     for word in given.file:
         path, _, name = word.partition("=")
@@ -104,7 +105,7 @@ def _leave(result: Result, given: argparse.Namespace) -> int:
 
 
 def _shell(given: argparse.Namespace) -> int:
-    built = start.Built(catalogue.find(given.host, given.cpu))
+    built = start.Built(catalogue.find(given.host, given.cpu, given.qemu))
     with built.files() as files:
         return machine.interactive(built.host, files)
 
@@ -118,7 +119,7 @@ def main() -> int:
         if given.verb == "build":
             return _build(given.host)
         if given.verb == "record":
-            host = catalogue.find(given.host, given.cpu)
+            host = catalogue.find(given.host, given.cpu, given.qemu)
             sys.stdout.write(f"{recording.write(host, given.to, given.name)}\n")
             return 0
         return _run(given) if given.verb == "run" else _shell(given)

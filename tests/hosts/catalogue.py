@@ -47,8 +47,13 @@ class Host(NamedTuple):
         """The wanted version: "6.12" is any 6.12.x."""
         return LINES[self.line][0]
 
+    def parts(self) -> tuple[str, ...]:
+        """What tells it from others, for names of files: its name, its CPU, and its QEMU where that is not the usual."""
+        return self.name, self.cpu, *([f"qemu-{self.emulator_version}"] if self.emulator_version else [])
+
     def describe(self) -> str:
-        return f"{self.name} ({self.cpu})"
+        name, *rest = self.parts()
+        return f"{name} ({', '.join(rest)})"
 
 
 def hosts() -> list[Host]:
@@ -62,9 +67,9 @@ def hosts() -> list[Host]:
     return [*arm64, *amd, *intel]
 
 
-def find(name: str, cpu: str = "") -> Host:
-    """The host of that name, with another CPU if one is named. Raises HostError."""
+def find(name: str, cpu: str = "", emulator_version: str = "") -> Host:
+    """The host of that name, with another CPU or another QEMU if one is named. Raises HostError."""
     for host in hosts():
         if host.name == name:
-            return host._replace(cpu=cpu) if cpu else host
+            return host._replace(cpu=cpu or host.cpu, emulator_version=emulator_version)
     raise HostError("packages", f"no host {name}; there are: {', '.join(host.name for host in hosts())}")

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import bochs, machine, project, start
+from . import bochs, catalogue, machine, project, start
 from .catalogue import Host
 from .errors import HostError
 from .job import Job, Result
@@ -24,7 +24,7 @@ SECONDS = 300.0
 
 def path(host: Host) -> Path:
     """Where a host's report stands."""
-    return FOLDER / f"{host.name}.{host.cpu}.json"
+    return FOLDER / f"{'.'.join(host.parts())}.json"
 
 
 def record(host: Host, name: str = "") -> dict[str, Any]:
@@ -37,7 +37,7 @@ def record(host: Host, name: str = "") -> dict[str, Any]:
         raise HostError("job", f"kvmneg host: {result.stderr.decode('utf-8', 'replace').strip()}")
     report: dict[str, Any] = json.loads(result.stdout)
     by = f"{report['measured']['by']}, inside {_emulator(host)}; not a CPU of that name"
-    report["measured"] |= {"by": by, "host": name or host.name, "source": "recorded"}
+    report["measured"] |= {"by": by, "host": name or _name(host), "source": "recorded"}
     return report
 
 
@@ -48,6 +48,11 @@ def write(host: Host, target: Path | None = None, name: str = "") -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return target
+
+
+def _name(host: Host) -> str:
+    """What the host is called in its report: two CPUs under one kernel are two hosts."""
+    return host.name if catalogue.find(host.name) == host else "-".join(host.parts())
 
 
 def _run(host: Host, job: Job) -> Result:

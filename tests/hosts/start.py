@@ -66,7 +66,7 @@ def restored(built: Built) -> Iterator[Machine]:
     numbers, what the kernel measured at boot.
     """
     snapshot = cache.made(
-        f"snapshot-{built.host.name}-{built.host.cpu}", built.key, lambda path: _save(built, path), 1
+        f"snapshot-{'-'.join(built.host.parts())}", built.key, lambda path: _save(built, path), 1
     )
     with _from(built, snapshot) as machine:
         yield machine

@@ -413,10 +413,10 @@ static bool found(const struct kvmneg_probe *probe, int i, uint64_t value, uint6
 static bool as_made(const struct kvmneg_probe *probe) {
         return probe->trials->count == WORDS && probe->psci_count == 3 && probe->vgic_revisions == 1 << 2 &&
                probe->vcpu_features == 0x1f && probe->vgic_models == (KVMNEG_VGIC_V3 | KVMNEG_VGIC_ITS) &&
-               found(probe, VLS, 0xf, 0xe, 0) && found(probe, PSCI, 0x10001, 0x10003, 0) &&
+               found(probe, VLS, 0xf, 0xe, 0) && found(probe, PSCI, 0x10001, UINT32_MAX, 0) &&
                found(probe, BITMAP, 3, 3, 0) && found(probe, WORKAROUND, 2, 0, 0xf) &&
                found(probe, PFR0, resets[PFR0], CSV3, MPAM) && found(probe, MIDR, resets[MIDR], UINT64_MAX, 0) &&
-               found(probe, PMCR, resets[PMCR], 0xf800, 0) && found(probe, CACHE, 2, 0x0fffffff, 0) &&
+               found(probe, PMCR, resets[PMCR], 0xf800, 0) && found(probe, CACHE, 2, UINT32_MAX, 0) &&
                memcmp(values, resets, sizeof(values)) == 0;
 }
 #endif
