@@ -36,7 +36,9 @@ def _arguments() -> argparse.Namespace:
         verb = verbs.add_parser(name)
         verb.add_argument("host")
         verb.add_argument("--cpu", default="")
-        verb.add_argument("--qemu", default="", help="an unpacked QEMU of this version, not the installed one")
+        verb.add_argument(
+            "--qemu", default="", help="an unpacked QEMU of this version, not the installed one"
+        )
         if name == "record":
             verb.add_argument("--to", type=Path, help="the report's file")
             verb.add_argument("--name", default="", help="the host's name in it")

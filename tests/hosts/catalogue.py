@@ -48,7 +48,7 @@ class Host(NamedTuple):
         return LINES[self.line][0]
 
     def parts(self) -> tuple[str, ...]:
-        """What tells it from others, for names of files: its name, its CPU, and its QEMU where that is not the usual."""
+        """What tells it from others, in names of files: its name, its CPU, and its QEMU unless it is the usual one."""
         return self.name, self.cpu, *([f"qemu-{self.emulator_version}"] if self.emulator_version else [])
 
     def describe(self) -> str:
