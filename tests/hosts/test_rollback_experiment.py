@@ -58,7 +58,7 @@ class Journey(NamedTuple):
     older: str
     refused: set[str]
     unknown: set[str]
-    no_fence: set[str] = set()
+    no_fence: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -78,14 +78,14 @@ N1 = [
 ]
 # QEMU 10's `max` has nested virtualisation, QEMU 7.2's has not.
 MAX = [
-    Journey("max", "10.0", "6.18", "6.12", {PSCI, MMFR2}, {VENDOR_HYP_2}, {"aa64mmfr2-nv"}),
+    Journey("max", "10.0", "6.18", "6.12", {PSCI, MMFR2}, {VENDOR_HYP_2}, frozenset({"aa64mmfr2-nv"})),
     Journey(
         *("max", "10.0", "newest", "6.1", {PSCI, DFR0_32, DFR0, ISAR1, ISAR2, MMFR1, MMFR2, *CACHES}),
-        *({VENDOR_HYP_2, PMMIR, *TIMER, *MORE_CACHES}, {"aa64mmfr2-nv"}),
+        *({VENDOR_HYP_2, PMMIR, *TIMER, *MORE_CACHES}, frozenset({"aa64mmfr2-nv"})),
     ),
     Journey(
         *("max", "10.0", "6.12", "6.1", {DFR0_32, DFR0, MMFR1, ISAR1, ISAR2, *CACHES}),
-        *({*TRANSLATION, *TIMER, *MORE_CACHES}, {"aa64mmfr1-hcx"}),
+        *({*TRANSLATION, *TIMER, *MORE_CACHES}, frozenset({"aa64mmfr1-hcx"})),
     ),
 ]
 # State that does not stay as it is set: timers count, and Linux 6.12 takes PMU registers that set and clear the same
@@ -93,7 +93,9 @@ MAX = [
 # of state registers are not judged.
 MOVING = {
     *TIMER,
-    *(sysreg(*place, op1=3, crn=14) for place in ((3, 1), (3, 2))),  # KVM_REG_ARM_TIMER_CTL, KVM_REG_ARM_TIMER_CNT
+    *(
+        sysreg(*place, op1=3, crn=14) for place in ((3, 1), (3, 2))
+    ),  # KVM_REG_ARM_TIMER_CTL, KVM_REG_ARM_TIMER_CNT
     *(sysreg(*place, op1=3, crn=9) for place in ((12, 1), (12, 2), (12, 3), (14, 3))),  # PMCNTEN*, PMOVS*
     *(sysreg(14, op2, crn=9) for op2 in (1, 2)),  # PMINTENSET, PMINTENCLR
 }
