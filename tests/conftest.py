@@ -45,6 +45,7 @@ MINIMUM_ARM64 = (
 _handles: list[Kvm] = []
 _skips: list[tuple[str, str]] = []
 _outcomes: Counter[str] = Counter()
+_files: Counter[str] = Counter()
 _parts: list[summary.Part] = []
 
 
@@ -98,6 +99,8 @@ def real_kvm() -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         _outcomes[report.outcome] += 1
+    if report.when == "call" and not report.skipped:
+        _files[report.location[0]] += 1
     if report.skipped and isinstance(report.longrepr, tuple):
         _skips.append((report.nodeid, report.longrepr[2].removeprefix("Skipped: ")))
 
@@ -119,7 +122,7 @@ def _ioctls() -> Counter[tuple[str, int]]:
 
 def _part() -> summary.Part:
     """What ran on this machine's own KVM."""
-    return summary.Part("", summary.kind(), kvm_problem(), _ioctls(), dict(_outcomes))
+    return summary.Part("", summary.kind(), kvm_problem(), _ioctls(), dict(_outcomes), dict(_files))
 
 
 def _not_run(session: pytest.Session) -> list[str]:

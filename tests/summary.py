@@ -16,13 +16,17 @@ VARIABLE = "KVMNEG_TEST_SUMMARY"
 
 
 class Part(NamedTuple):
-    """One KVM's part: `name` is the host's ("" for this machine), `problem` why KVM was not used, or ""."""
+    """One KVM's part: `name` is the host's ("" for this machine), `problem` why KVM was not used, or "".
+
+    `files` is how many tests of which file passed or failed there; skipped ones are none.
+    """
 
     name: str
     kind: str
     problem: str
     ioctls: Counter[tuple[str, int]]
     outcomes: dict[str, int]
+    files: dict[str, int]
 
     def to_json(self) -> bytes:
         ioctls = [[ioctl, error, count] for (ioctl, error), count in sorted(self.ioctls.items())]
@@ -37,7 +41,7 @@ def read(data: bytes, name: str) -> Part:
     """A part written by to_json() in the host `name`."""
     listed: dict[str, Any] = json.loads(data)
     ioctls = Counter({(ioctl, error): count for ioctl, error, count in listed["ioctls"]})
-    return Part(name, listed["kind"], listed["problem"], ioctls, listed["outcomes"])
+    return Part(name, listed["kind"], listed["problem"], ioctls, listed["outcomes"], listed["files"])
 
 
 def kind() -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tests.summary import Part
 
 pytestmark = pytest.mark.hosts
+LEAST = {"arm64": 50, "x86": 30}  # tests for that architecture only; fewer, and a file is lost
 MINIMUM = {"arm64": MINIMUM_ARM64, "amd64": MINIMUM_X86}
 
 
@@ -41,6 +42,13 @@ def test_kvm_suite(qemu_host: Host, summary_parts: list[Part]) -> None:
     assert qemu_host.kernel in found.part.kind
     assert not set(MINIMUM[qemu_host.architecture]) - found.part.succeeded()
     assert "failed" not in found.part.outcomes
+    ran = {
+        kind: sum(count for file, count in found.part.files.items() if f"/test_{kind}_" in file)
+        for kind in ("arm64", "x86")
+    }
+    own, other = ("arm64", "x86") if qemu_host.architecture == "arm64" else ("x86", "arm64")
+    assert ran[own] >= LEAST[own]
+    assert ran[other] == 0
 
 
 @pytest.mark.every_host
@@ -48,7 +56,9 @@ def test_kvm_suite(qemu_host: Host, summary_parts: list[Part]) -> None:
 def test_a_qemu_inside(name: str, summary_parts: list[Part]) -> None:
     """A real QEMU starts there, on a KVM that keeps its word, with what contracts of that host lead to."""
     found = run(
-        catalogue.find(name), "tests/kvm/test_qemu_emit.py", extra=lambda: vmm.qemu("7.2", userspace.suite())
+        catalogue.find(name),
+        "tests/kvm/test_x86_qemu_emit.py",
+        extra=lambda: vmm.qemu("7.2", userspace.suite()),
     )
     assert found.part is not None, found.tail()
     summary_parts.append(found.part._replace(name=f"{name} with QEMU 7.2"))

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import platform
 from typing import TYPE_CHECKING, NamedTuple
-
-import pytest
 
 from kvmneg.host import kvm_arm64
 
@@ -18,10 +15,6 @@ if TYPE_CHECKING:
     from kvmneg.host.kvm import Kvm
     from kvmneg.host.kvm_arm64 import Probe, Trial
 
-ON_ARM64 = [
-    pytest.mark.kvm,
-    pytest.mark.skipif(platform.machine() != "aarch64", reason="these registers are arm64's"),
-]
 
 ISAR0, ISAR1, PFR0 = sysreg(3, 0, 0, 6, 0), sysreg(3, 0, 0, 6, 1), sysreg(3, 0, 0, 4, 0)
 PFR1, DFR0, MMFR0, MMFR1, MMFR2 = (

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Handles on the real KVM, and C programs compiled for a test."""
+"""Handles on the real KVM, and C programs compiled for a test.
+
+Tests for one architecture are in test_x86_*.py and test_arm64_*.py, or marked only_on: on another one they are not
+collected, for nobody there has to know of them.
+"""
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +21,17 @@ from kvmneg.host.kvm import Kvm
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+MACHINE = platform.machine()
+_FILES = {"x86_64": "test_x86_*.py", "aarch64": "test_arm64_*.py"}
+collect_ignore_glob = [pattern for machine, pattern in _FILES.items() if machine != MACHINE]
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a word: what is deselected is counted in the summary."""
+    items[:] = [
+        item for item in items if all(mark.args == (MACHINE,) for mark in item.iter_markers("only_on"))
+    ]
 
 
 @pytest.fixture

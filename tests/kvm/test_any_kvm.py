@@ -50,7 +50,7 @@ def test_a_scratch_vm_leaves_nothing(kvm: Kvm) -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.skipif(os.uname().machine != "aarch64", reason="the target is arm64's")
+@pytest.mark.only_on("aarch64")
 def test_preferred_target(kvm: Kvm) -> None:
     """A vCPU can be made, and was asked for by the target that KVM prefers."""
     with kvm.scratch() as scratch:

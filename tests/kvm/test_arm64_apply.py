@@ -12,7 +12,7 @@ import pytest
 from kvmneg.errors import NotApplied
 from kvmneg.host.apply_arm64 import Register, apply_vcpu, apply_vgic, apply_vm, init_vcpu, verify_vcpu
 
-from .arm64_facts import AA64, MMFR2, ON_ARM64, Facts, facts, nibbles
+from .arm64_facts import AA64, MMFR2, Facts, facts, nibbles
 from .arm64_guest import (
     CALLS,
     MIDR,
@@ -35,8 +35,9 @@ from .arm64_guest import (
 if TYPE_CHECKING:
     from kvmneg.host.kvm import Kvm
 
-pytestmark = ON_ARM64
+pytestmark = pytest.mark.kvm
 EVERY = (1 << 64) - 1
+LAST_CACHE = 0x602000000011000D  # CCSIDR of level 7, data or unified, of 14
 FULL = PSCI_0_2 | PMU_V3 | SVE | PTRAUTH
 
 
@@ -168,6 +169,15 @@ def test_the_fourth_bitmap_may_be_missing_where_it_is_empty(kvm: Kvm, found: Fac
             assert vcpu.get(VENDOR_HYP_2) == 1
             apply_vcpu(vcpu.fd, [Register(VENDOR_HYP_2, 2, 2)])
             assert vcpu.get(VENDOR_HYP_2) == 3, "bits outside the mask stay"
+
+
+def test_a_cache_may_be_missing(kvm: Kvm, found: Facts) -> None:
+    """Before Linux 6.3 KVM has the caches of the host's hierarchy, afterwards the sizes of fourteen."""
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(PSCI_0_2)
+        now = vcpu.get(LAST_CACHE)
+        assert (now == -errno.ENOENT) == (LAST_CACHE not in found.trials)
+        apply_vcpu(vcpu.fd, [Register(LAST_CACHE, max(now, 2), 0xFFFFFFFF)])
 
 
 def test_dropped(kvm: Kvm, found: Facts) -> None:

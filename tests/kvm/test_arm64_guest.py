@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .arm64_facts import ON_ARM64, Facts, facts
+from .arm64_facts import Facts, facts
 from .arm64_guest import (
     CALLS,
     EXIT_SYSTEM_EVENT,
@@ -29,7 +29,7 @@ from .arm64_guest import (
 if TYPE_CHECKING:
     from kvmneg.host.kvm import Kvm
 
-pytestmark = ON_ARM64
+pytestmark = pytest.mark.kvm
 
 NOT_SUPPORTED = (1 << 64) - 1
 ARCH_FEATURES, PSCI_FEATURES = 0x80000001, 0x8400000A

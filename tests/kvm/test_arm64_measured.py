@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from .arm64_facts import MMFR2, ON_ARM64, Facts, facts
+from .arm64_facts import MMFR2, Facts, facts
 from .arm64_guest import MIDR, PSCI_0_2, STD, STD_HYP, VENDOR_HYP, VENDOR_HYP_2, Vm
 
 if TYPE_CHECKING:
     from kvmneg.host.kvm import Kvm
 
-pytestmark = ON_ARM64
+pytestmark = pytest.mark.kvm
 
 _MAX_PART = 0x051
 _THREE = {STD: 1, STD_HYP: 1, VENDOR_HYP: 3}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .arm64_facts import AA64, DFR0, ISAR0, ON_ARM64, PFR0, Facts, facts, nibbles
+from .arm64_facts import AA64, DFR0, ISAR0, PFR0, Facts, facts, nibbles
 from .arm64_guest import (
     BITMAPS,
     CALLS,
@@ -33,7 +33,7 @@ from .arm64_guest import (
 if TYPE_CHECKING:
     from kvmneg.host.kvm import Kvm
 
-pytestmark = ON_ARM64
+pytestmark = pytest.mark.kvm
 EINVAL, EBUSY, ENOENT, EPERM, ENOEXEC, EIO = (
     errno.EINVAL, errno.EBUSY, errno.ENOENT, errno.EPERM, errno.ENOEXEC, errno.EIO,
 )  # fmt: skip

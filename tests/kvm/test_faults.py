@@ -99,7 +99,7 @@ def test_nth_ioctl_fails(faults: Path, error: int) -> None:
             assert run.ioctls == run.nth, run  # and nothing more was asked
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the optional parts are x86's")
+@pytest.mark.only_on("x86_64")
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.ENXIO, errno.EOPNOTSUPP])
 def test_absent_parts(faults: Path, error: int) -> None:
     """An ioctl that this KVM does not know is an answer in a probe, and a failure when asked for alone."""
@@ -117,7 +117,7 @@ def test_absent_parts(faults: Path, error: int) -> None:
         assert run.result == (0 if answer else -error), run
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the tables are x86's")
+@pytest.mark.only_on("x86_64")
 def test_too_small(faults: Path) -> None:
     """E2BIG makes a table grow and is asked again; anywhere else it is an error."""
     found = runs([str(faults), "sweep", str(errno.E2BIG)])

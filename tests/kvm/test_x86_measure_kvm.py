@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.kvm,
     pytest.mark.usefixtures("real_kvm"),
-    pytest.mark.skipif(measure.ARCHITECTURE != "x86_64", reason="these words are x86's"),
 ]
 
 

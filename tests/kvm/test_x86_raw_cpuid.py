@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 import struct
 import threading
 from pathlib import Path
@@ -14,8 +13,6 @@ import pytest
 
 from kvmneg.errors import KvmFault
 from kvmneg.host.kvm import CpuidEntry, raw_cpuid
-
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="CPUID is x86's")
 
 
 def by_leaf(cpu: int) -> dict[tuple[int, int], CpuidEntry]:

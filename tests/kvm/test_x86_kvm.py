@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import platform
 import struct
 from array import array
 from typing import TYPE_CHECKING
@@ -22,10 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = [
-    pytest.mark.kvm,
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="these ioctls are x86's"),
-]
+pytestmark = pytest.mark.kvm
 NUMBER = ioctls.kvm()
 
 

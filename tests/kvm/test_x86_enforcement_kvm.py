@@ -13,7 +13,6 @@ from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch
 
 pytestmark = [
     pytest.mark.kvm,
-    pytest.mark.skipif(measure.ARCHITECTURE != "x86_64", reason="these words are x86's"),
 ]
 
 
