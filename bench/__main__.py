@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import checking, measuring, merging, proving, serving, starting
+from bench import checking, emulated, measuring, merging, proving, serving, starting
 from bench.figures import Figure
 
 HERE = Path(__file__).parent
@@ -62,7 +62,7 @@ def main() -> int:
     missed = False
     with tempfile.TemporaryDirectory() as scratch:
         programs = compiled(Path(scratch))
-        for part in (measuring, proving, checking, starting, serving, merging):
+        for part in (measuring, proving, checking, starting, serving, merging, emulated):
             try:
                 for figure in part.figures(programs, state):
                     print(figure.line(), flush=True)
