@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reports of emulated hosts, for tests that need many hosts and no emulator: `python -m tests.hosts record`.
 
-They stand in tests/data/hosts as HOST.CPU.json, each with how it was made. What KVM offers depends on the emulated
+They stand in tests/data/hosts as HOST.CPU.json, those of a QEMU that is not the installed one (record HOST --qemu
+VERSION) as HOST.CPU.qemu-VERSION.json, each with how it was made. What KVM offers depends on the emulated
 CPU, so none is what a real CPU of that name has. kvmneg/data/recorded-host.json, which `make run` shows where there
 is no KVM, is made by `record amd-6.1 --cpu EPYC-Milan --name recorded-milan --to kvmneg/data/recorded-host.json`.
 """

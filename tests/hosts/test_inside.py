@@ -84,4 +84,5 @@ def test_intel(model: str, line: str) -> None:
     if recording.path(host).exists():
         recorded = Report.loads(recording.path(host).read_bytes())
         same_kernel = recorded.combo["kernel"] == found.combo["kernel"]
-        assert not same_kernel or recorded.offer == found.offer
+        now = {word: value for word, value in found.offer_words.items() if word in recorded.offer_words}
+        assert not same_kernel or recorded.offer_words == now  # kvmneg may have learnt to ask for more since
