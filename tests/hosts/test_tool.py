@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.hosts import cache, catalogue, cpio, kernel, start
+from tests.hosts import cache, catalogue, cpio, inside, kernel, start
 from tests.hosts.errors import HostError
 from tests.hosts.job import Collector, Job, parse
 from tests.hosts.machine import arguments
@@ -199,6 +199,18 @@ def test_a_host_that_dies(machine: Machine) -> None:
     job = Job(["sh", "-c", "echo 8 >/proc/sys/kernel/printk; echo c >/proc/sysrq-trigger"])
     with pytest.raises(HostError, match=r"(?s)^job: the host ended.*sysrq triggered crash"):
         machine.run(job)
+
+
+@pytest.mark.hosts
+def test_a_kernel_that_panics_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no more than once: what a test does to a kernel it does each time."""
+    crash = b"def test_crash():\n    open('/proc/sysrq-trigger', 'w').write('c')\n"
+    restored, tries = start.restored, []
+    monkeypatch.setattr(start, "restored", lambda built: (tries.append(built), restored(built))[1])
+    with pytest.raises(HostError, match="Kernel panic") as caught:
+        inside.run(catalogue.find(ARM64), "test_crash.py", seconds=60, extra={"test_crash.py": crash})
+    assert caught.value.panicked
+    assert len(tries) == 2
 
 
 @pytest.mark.hosts
