@@ -21,10 +21,7 @@ from kvmneg.policy.request import Request
 if measure.ARCHITECTURE == "x86_64":
     from kvmneg.host import enforcement, proof_x86, verify_x86
 
-pytestmark = [
-    pytest.mark.kvm,
-    pytest.mark.skipif(measure.ARCHITECTURE != "x86_64", reason="these words are x86's"),
-]
+pytestmark = pytest.mark.kvm
 
 PVM = Path("/sys/module/kvm_pvm").exists()
 Capture = pytest.CaptureFixture[str]
