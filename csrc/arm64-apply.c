@@ -8,11 +8,12 @@
 #include <errno.h>
 
 #include "arm64.h"
+#include "contract.h"
 
 /* What was wanted, of which register, and how far it came. Returns `r`. */
 static int failed(struct kvmneg_failure *failure, const struct kvmneg_register *wanted, uint32_t stage, uint32_t why,
                   uint64_t got, int r) {
-        if (failure)
+        if (failure) {
                 *failure = (struct kvmneg_failure) { .id = wanted->id,
                                                      .asked = wanted->value,
                                                      .mask = wanted->mask,
@@ -20,6 +21,11 @@ static int failed(struct kvmneg_failure *failure, const struct kvmneg_register *
                                                      .error = r,
                                                      .stage = stage,
                                                      .why = why };
+                if (wanted->id != 0)
+                        kvmneg_internal_number_word(failure->word, "arm64:", wanted->id);
+                else if (stage == KVMNEG_STAGE_INIT)
+                        kvmneg_internal_text_word(failure->word, "arm:vcpu-features");
+        }
         return r;
 }
 

@@ -35,6 +35,10 @@
 #ifndef KVM_X86_XCOMP_GUEST_SUPP
 #define KVM_X86_XCOMP_GUEST_SUPP 0
 #endif
+/* arch_prctl(2): XSAVE components on demand (arch/x86/include/uapi/asm/prctl.h); AMX's tiles are the only ones */
+#define KVMNEG_ARCH_REQ_XCOMP_GUEST_PERM 0x1025
+#define KVMNEG_XFEATURE_XTILEDATA_NUMBER 18
+#define KVMNEG_XFEATURE_XTILEDATA (UINT32_C(1) << KVMNEG_XFEATURE_XTILEDATA_NUMBER)
 /* KVM_GET_MSRS refuses this many in one call (MAX_IO_MSRS in arch/x86/kvm/x86.c). */
 #define KVMNEG_MSRS_PER_CALL 255
 #elif defined(__aarch64__)

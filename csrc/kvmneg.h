@@ -92,6 +92,191 @@ void *kvmneg_free(void *memory);
  */
 int kvmneg_create_scratch(int kvm_fd, int *ret_vm_fd, int *ret_vcpu_fd, struct kvmneg_trace *trace);
 
+/* -- contracts: what one guest may see ------------------------------------------------------------------ */
+
+enum {
+        KVMNEG_CONTRACT_BYTES_MAX = 1048576,
+        KVMNEG_CONTRACT_CPUIDS_MAX = 256,      /* CPUID entries; KVM takes no more */
+        KVMNEG_CONTRACT_MSRS_MAX = 1024,
+        KVMNEG_CONTRACT_REGISTERS_MAX = 8192,  /* arm64 registers, and entries of the portable state */
+        KVMNEG_CONTRACT_CAPABILITIES_MAX = 256,
+        KVMNEG_CONTRACT_FLAGS_MAX = 64,
+        KVMNEG_WORD_CHARACTERS = 48,           /* a word's address with its NUL: "cpuid:0x80000001.0.ecx" */
+};
+
+/* A contract that was read and found good. Nothing changes it: any number of threads may use it at once. */
+struct kvmneg_contract;
+
+/* Where a file stops being a contract. */
+struct kvmneg_contract_error {
+        uint64_t offset;  /* of the first byte at fault, in the file */
+        const char *what; /* what is wrong with it: a constant text in English */
+};
+
+/*
+ * Reads a contract and checks all of it: sizes, counts, order, duplicates, reserved fields, bits outside of masks, and
+ * the digest. Release with kvmneg_contract_free(), which takes NULL and returns NULL.
+ *   open    a file
+ *   fd      what is left to read of an open file, memfd or pipe, up to its end; the caller closes it
+ *   memory  `size` bytes, which are copied
+ *
+ *   -EBADMSG         it is not a contract: `ret_error`, which may be NULL, says where and why. Only then is it written
+ *   -ENOMEM, and what open(2) and read(2) fail with
+ */
+int kvmneg_contract_open(const char *path, struct kvmneg_contract **ret_contract, struct kvmneg_contract_error *ret_error);
+int kvmneg_contract_open_fd(int fd, struct kvmneg_contract **ret_contract, struct kvmneg_contract_error *ret_error);
+int kvmneg_contract_open_memory(const void *data, uint64_t size, struct kvmneg_contract **ret_contract,
+                                struct kvmneg_contract_error *ret_error);
+struct kvmneg_contract *kvmneg_contract_free(struct kvmneg_contract *contract);
+
+enum {
+        KVMNEG_X86_64 = 1,
+        KVMNEG_ARM64 = 2,
+};
+
+/* What a contract says of itself. */
+struct kvmneg_contract_info {
+        uint32_t architecture;     /* KVMNEG_X86_64, KVMNEG_ARM64 */
+        uint32_t grade;            /* 0 unverified, 1 partial, 2 enforced */
+        uint64_t fence_generation; /* 0: no fence was pinned */
+        uint8_t fence[32];         /* its digest, SHA-256 */
+        uint8_t digest[32];        /* the contract's own */
+        uint32_t cpuids;           /* how many of each there are */
+        uint32_t msrs;
+        uint32_t registers;
+        uint32_t capabilities;
+        uint32_t portable;
+        uint32_t flags;
+        uint32_t tsc_khz;          /* the rate that the guest's TSC is pinned to, 0: none */
+        uint32_t vcpu_features;    /* arm64: for KVM_ARM_VCPU_INIT, bit n: KVM_ARM_VCPU_* number n */
+};
+
+void kvmneg_contract_describe(const struct kvmneg_contract *contract, struct kvmneg_contract_info *ret_info);
+
+/* The file's bytes, as they were read: what a VMM keeps beside a saved guest. They live as long as the contract. */
+const void *kvmneg_contract_bytes(const struct kvmneg_contract *contract, uint64_t *ret_size);
+
+/* The bits of `mask` of a word's `value` are bound. */
+struct kvmneg_bound_word {
+        char word[KVMNEG_WORD_CHARACTERS];
+        uint64_t value;
+        uint64_t mask;
+};
+
+/* The word number `i` of a contract in the order of the file; -ENOENT behind the last. */
+int kvmneg_contract_word(const struct kvmneg_contract *contract, uint32_t i, struct kvmneg_bound_word *ret_word);
+
+enum {
+        KVMNEG_CARRY = 1,         /* every member of the pool lists it: saved and restored */
+        KVMNEG_DROP_IF,           /* may be left out while it holds `value`, else the move is refused */
+        KVMNEG_DROP_IF_TIMER_OFF, /* may be left out while CNTP_CTL_EL0.ENABLE is 0 */
+        KVMNEG_REFUSE,            /* a move to a host that does not know it is refused */
+};
+
+/* What becomes of one arm64 register when its guest moves. */
+struct kvmneg_portable {
+        uint32_t kind; /* 1: a register */
+        uint32_t rule; /* KVMNEG_CARRY, ... */
+        uint64_t id;
+        uint64_t value;
+};
+
+/* The portable state, in the order of ids. It lives as long as the contract. */
+const struct kvmneg_portable *kvmneg_contract_portable(const struct kvmneg_contract *contract, uint32_t *ret_count);
+
+/* -- giving a VM what a contract says ------------------------------------------------------------------- */
+
+enum {
+        KVMNEG_STAGE_VM = 1,   /* capabilities, before the first vCPU */
+        KVMNEG_STAGE_INIT,     /* arm64: KVM_ARM_VCPU_INIT, lengths of SVE vectors, KVM_ARM_VCPU_FINALIZE */
+        KVMNEG_STAGE_PMU,      /* event counters */
+        KVMNEG_STAGE_ID,       /* arm64: ID registers, PMCR_EL0 */
+        KVMNEG_STAGE_CACHE,    /* arm64: CCSIDR */
+        KVMNEG_STAGE_FIRMWARE, /* arm64: workarounds, PSCI_VERSION, hypercall bitmaps */
+        KVMNEG_STAGE_VGIC,     /* arm64: GICD_IIDR */
+        KVMNEG_STAGE_VERIFY,   /* everything read back */
+        KVMNEG_STAGE_CHECK,    /* x86: what KVM has to have, and what the VMM asks for */
+        KVMNEG_STAGE_XSAVE,    /* x86: permission for XSAVE components that are given on demand (ARCH_REQ_XCOMP_GUEST_PERM) */
+        KVMNEG_STAGE_TSC,      /* x86: the TSC's rate */
+        KVMNEG_STAGE_CPUID,    /* x86: KVM_SET_CPUID2, and read back */
+        KVMNEG_STAGE_MSR,      /* x86: feature MSRs, and read back */
+        KVMNEG_STAGE_ENFORCE,  /* x86: hidden paravirtual features and enlightenments are refused to the guest */
+};
+
+enum {
+        KVMNEG_REFUSED = 1, /* KVM does not take the value */
+        KVMNEG_MISSING,     /* KVM has no such register, or not what a capability has to answer */
+        KVMNEG_TOO_LATE,    /* a vCPU of this VM ran or exists, or SVE is final: -EBUSY, -EPERM */
+        KVMNEG_DROPPED,     /* KVM took the value and shows another: -EBADE */
+        KVMNEG_DIFFERS,     /* read back at the end, the value is another: -EBADE */
+        KVMNEG_FAILED,      /* the ioctl failed in a way that says nothing of the register */
+        KVMNEG_OUTSIDE,     /* the VMM asks for what the contract does not grant: -EINVAL */
+        KVMNEG_UNKNOWN,     /* the contract asks for what this version of the library does not know: -EOPNOTSUPP */
+};
+
+/* What went wrong with one word. Written only where a function fails because of a word. */
+struct kvmneg_failure {
+        uint64_t id;      /* arm64: the register, 0 for the features of KVM_ARM_VCPU_INIT, or GICD_IIDR in its stage.
+                             x86: the MSR's index, or the leaf and, in the low half, the subleaf */
+        uint64_t asked;
+        uint64_t mask;    /* the bits that are bound and were compared */
+        uint64_t got;     /* what there is; 0 where it could not be read */
+        int32_t error;    /* what the function returned, a negative errno */
+        uint32_t stage;   /* KVMNEG_STAGE_* */
+        uint32_t why;     /* KVMNEG_REFUSED, ... */
+        uint32_t request; /* the number of the ioctl that failed, 0 where none did (kvmneg_ioctl_name) */
+        char word[KVMNEG_WORD_CHARACTERS]; /* its address, like "cpuid:0x7.0.ebx"; "" where KVM does not say which of
+                                              a table it refused, and for GICD_IIDR */
+};
+
+/* What a VMM wants of its VM besides, each within what the contract grants: bits as KVM_ENABLE_CAP takes them. x86. */
+struct kvmneg_choices {
+        uint64_t disable_quirks; /* KVM_CAP_DISABLE_QUIRKS2 (api.rst 7.31): quirks that old guests need, off */
+        uint64_t x2apic_api;     /* KVM_CAP_X2APIC_API (api.rst 7.7) */
+        uint64_t disable_exits;  /* KVM_CAP_X86_DISABLE_EXITS (api.rst 7.13) */
+        uint64_t exit_hypercall; /* KVM_CAP_EXIT_HYPERCALL (api.rst 8.34) */
+};
+
+struct kvmneg_cpuid;
+
+/*
+ * A contract is applied in this order, on the VMM's own descriptors (KVM answers -EIO to another process). `choices`,
+ * `cpuid`, `failure` and `trace` may be NULL; nothing is allocated. They stop at the first word that fails.
+ *
+ *   vm_apply     after KVM_CREATE_VM, before the first vCPU.
+ *                x86: every capability of the contract is asked for; XSAVE components on demand are permitted; the TSC
+ *                rate where KVM sets it for a VM (api.rst 4.55); the PMU off where the guest is shown none (8.35);
+ *                `choices`
+ *                arm64: MIDR, REVIDR and AIDR may be written if they are bound (8.43)
+ *   vcpu_init    after KVM_CREATE_VCPU, each vCPU.
+ *                x86: KVM_SET_TSC_KHZ (4.55) unless the rate is there
+ *                arm64: KVM_ARM_VCPU_INIT (4.82) with the contract's features, SVE_VLS, KVM_ARM_VCPU_FINALIZE (4.119)
+ *   vcpu_apply   each vCPU; on arm64 after the vGIC is created and KVM_ARM_VCPU_PMU_V3_SET_PMU.
+ *                x86: KVM_SET_CPUID2 (4.20) with `cpuid` clamped (kvmneg_clamp_cpuid), feature MSRs by KVM_SET_MSRS
+ *                (4.19) and KVM_X86_SETUP_MCE (4.105), both read back; KVM_CAP_ENFORCE_PV_FEATURE_CPUID (8.28) and
+ *                KVM_CAP_HYPERV_ENFORCE_CPUID (8.33). Without `cpuid` the vCPU gets the contract's leaves alone: APIC id 0,
+ *                no topology, no names
+ *                arm64: every other register, then verify; `cpuid` is NULL
+ *   vcpu_verify  reads only: after vcpu_apply, and again after the first run
+ *
+ * Read back are the bits that are bound, and of a CPUID register that is bound in part also that it has nothing else
+ * but what is the VMM's. What KVM writes by itself is left out: OSXSAVE, OSPKE, APIC, MONITOR, sizes of XSAVE areas.
+ *
+ * A register that is as it should be is not written, so the same calls with the same bytes may be made again at any
+ * time, and a vCPU that is plugged in later gets the same three. Of `cpuid` this is so while its own part is the same.
+ *
+ *   -ENOEXEC     the contract is one of the other architecture
+ *   -EBADE, -EINVAL, -ENOENT, -EOPNOTSUPP, ...  `failure` says which word
+ */
+int kvmneg_vm_apply(const struct kvmneg_contract *contract, int vm_fd, const struct kvmneg_choices *choices,
+                    struct kvmneg_failure *failure, struct kvmneg_trace *trace);
+int kvmneg_vcpu_init(const struct kvmneg_contract *contract, int vm_fd, int vcpu_fd, struct kvmneg_failure *failure,
+                     struct kvmneg_trace *trace);
+int kvmneg_vcpu_apply(const struct kvmneg_contract *contract, int vcpu_fd, const struct kvmneg_cpuid *cpuid,
+                      struct kvmneg_failure *failure, struct kvmneg_trace *trace);
+int kvmneg_vcpu_verify(const struct kvmneg_contract *contract, int vcpu_fd, struct kvmneg_failure *failure,
+                       struct kvmneg_trace *trace);
+
 #if defined(__x86_64__)
 /* -- x86 ----------------------------------------------------------------------------------------------- */
 
@@ -259,6 +444,24 @@ int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t
  * -EINVAL up to Linux 5.9. */
 int kvmneg_enforce_pv_cpuid(int vcpu_fd, struct kvmneg_trace *trace);
 
+/*
+ * Makes a VMM's own table what a contract says. `cpuid` has room for `capacity` entries.
+ *   - Every bound bit gets the contract's value, up or down, in each entry of its leaf.
+ *   - What is the VMM's stays: caches, topology and TLBs (leaves 2, 4, 5, 0xb, 0x18, 0x1a, 0x1f, 0x80000005, 6, 0x19,
+ *     0x1d, 0x1e, 0x26), APIC ids and counts of threads in leaves 1 and 0x80000008, the brand string, signatures of
+ *     hypervisors and their timing leaf 0x40000010, and what the guest or KVM writes by itself (OSXSAVE).
+ *   - Everything else is 0: no contract grants what it does not know.
+ *   - A bound leaf that is not there is added, unless all of it is 0. KVM's leaf is found by its signature, at
+ *     0x40000000 or up to 0x4000ff00 in steps of 0x100, Hyper-V's at 0x40000000; without a signature a guest is not
+ *     shown that leaf, and an empty table gets KVM's.
+ *   - The size of the XSAVE area in leaf 0xd is computed from the components that are left.
+ * Doing it again changes nothing.
+ *   -ENOSPC     there is no room for a leaf that is missing; the table is then as far as it went
+ *   -E2BIG      `cpuid` has more than KVMNEG_CONTRACT_CPUIDS_MAX entries
+ *   -ENOEXEC    not a contract of x86
+ */
+int kvmneg_clamp_cpuid(const struct kvmneg_contract *contract, struct kvmneg_cpuid *cpuid, uint32_t capacity);
+
 /* XSAVE components a guest can be given: KVM_X86_XCOMP_GUEST_SUPP by KVM_GET_DEVICE_ATTR on /dev/kvm (api.rst 4.80),
  * from Linux 5.17; -EINVAL, -ENOTTY or -ENXIO before. Bits as in XCR0. */
 int kvmneg_get_xcomp_guest_supp(int kvm_fd, uint64_t *ret_components, struct kvmneg_trace *trace);
@@ -372,45 +575,13 @@ struct kvmneg_probe {
 int kvmneg_probe(int kvm_fd, int vm_fd, int vcpu_fd, struct kvmneg_probe **ret_probe, struct kvmneg_trace *trace);
 struct kvmneg_probe *kvmneg_probe_free(struct kvmneg_probe *probe);
 
-/* -- giving a VM what a contract says ------------------------------------------------------------------- */
+/* -- the steps of kvmneg_vm_apply() and the others, for registers that come from elsewhere ---------------- */
 
 /* One register of a contract, laid out as there: the bits of `mask` are bound, the others are left as they are. */
 struct kvmneg_register {
         uint64_t id;
         uint64_t value;
         uint64_t mask;
-};
-
-enum {
-        KVMNEG_STAGE_VM = 1,   /* capabilities, before the first vCPU */
-        KVMNEG_STAGE_INIT,     /* KVM_ARM_VCPU_INIT, lengths of SVE vectors, KVM_ARM_VCPU_FINALIZE */
-        KVMNEG_STAGE_PMU,      /* event counters */
-        KVMNEG_STAGE_ID,       /* ID registers, PMCR_EL0 */
-        KVMNEG_STAGE_CACHE,    /* CCSIDR */
-        KVMNEG_STAGE_FIRMWARE, /* workarounds, PSCI_VERSION, hypercall bitmaps */
-        KVMNEG_STAGE_VGIC,     /* GICD_IIDR */
-        KVMNEG_STAGE_VERIFY,   /* everything read back */
-};
-
-enum {
-        KVMNEG_REFUSED = 1, /* KVM does not take the value */
-        KVMNEG_MISSING,     /* KVM has no such register */
-        KVMNEG_TOO_LATE,    /* a vCPU of this VM ran, or SVE is final: -EBUSY, -EPERM */
-        KVMNEG_DROPPED,     /* KVM took the value and shows another: -EBADE */
-        KVMNEG_DIFFERS,     /* read back at the end, the value is another: -EBADE */
-        KVMNEG_FAILED,      /* the ioctl failed in a way that says nothing of the register */
-};
-
-/* What went wrong with one register. Written only where a function fails because of a register. */
-struct kvmneg_failure {
-        uint64_t id;    /* 0: the features of KVM_ARM_VCPU_INIT, or GICD_IIDR in its stage */
-        uint64_t asked;
-        uint64_t mask;
-        uint64_t got;   /* what the register has; 0 where it could not be read */
-        int32_t error;  /* what the function returned, a negative errno */
-        uint32_t stage; /* KVMNEG_STAGE_* */
-        uint32_t why;   /* KVMNEG_REFUSED, ... */
-        uint32_t padding;
 };
 
 /*

@@ -25,6 +25,7 @@ static const struct {
         NAME(KVM_CHECK_EXTENSION),
         NAME(KVM_CREATE_VM),
         NAME(KVM_CREATE_VCPU),
+        NAME(KVM_ENABLE_CAP),
 #if defined(__x86_64__)
         NAME(KVM_GET_SUPPORTED_CPUID),
         NAME(KVM_GET_EMULATED_CPUID),
@@ -59,7 +60,6 @@ static const struct {
         NAME(KVM_GET_REG_LIST),
         NAME(KVM_GET_ONE_REG),
         NAME(KVM_SET_ONE_REG),
-        NAME(KVM_ENABLE_CAP),
         NAME(KVM_CREATE_DEVICE),
         NAME(KVM_SET_DEVICE_ATTR),
         NAME(KVM_GET_DEVICE_ATTR),

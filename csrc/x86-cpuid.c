@@ -8,7 +8,7 @@
 #include <sched.h>
 #include <stdlib.h>
 
-#include "internal.h"
+#include "contract-x86.h"
 #include "kvm-constants.h"
 
 #define RAW_ENTRIES 1024     /* room for all ranges; far over any CPU's 60 to 150 */
@@ -40,6 +40,13 @@ static const struct {
         { 0x24, SUB_COUNT },        { 0x8000001d, SUB_CACHE }, { 0x80000020, SUB_EBX_MASK },
         { 0x80000026, SUB_LEVEL },
 };
+
+bool kvmneg_internal_is_indexed(uint32_t leaf) {
+        for (size_t i = 0; i < sizeof(with_subleaves) / sizeof(with_subleaves[0]); i++)
+                if (with_subleaves[i].leaf == leaf)
+                        return true;
+        return false;
+}
 
 /* Executes CPUID and appends what it says; the table has RAW_ENTRIES. Returns the entry, NULL when full. */
 static struct kvmneg_cpuid_entry *append(struct kvmneg_cpuid *table, uint32_t leaf, uint32_t subleaf, bool indexed) {

@@ -18,16 +18,14 @@ from struct import Struct
 from typing import NamedTuple
 
 from kvmneg._libkvmneg import ffi, lib
-from kvmneg.errors import NotApplied
+from kvmneg.host.apply import call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from typing import Any
 
 _REGISTER = Struct("=3Q")  # struct kvmneg_register
-STAGES = ("", "vm", "init", "pmu", "id", "cache", "firmware", "vgic", "verify")  # KVMNEG_STAGE_*
-REASONS = ("", "refused", "missing", "too late", "dropped", "differs", "failed")  # KVMNEG_REFUSED, …
 
 
 class Register(NamedTuple):
@@ -36,29 +34,6 @@ class Register(NamedTuple):
     id: int
     value: int
     mask: int
-
-
-def _call(function: Callable[..., int], *arguments: Any) -> None:
-    """Call into libkvmneg; raise what it says of the register that failed."""
-    failure, trace = ffi.new("struct kvmneg_failure *"), ffi.new("struct kvmneg_trace *")
-    r = function(*arguments, failure, trace)
-    if r >= 0:
-        return
-    import os  # only here
-
-    stage, why = STAGES[failure.stage], REASONS[failure.why] or "failed"
-    what = f"register {failure.id:#x}" if failure.id else "the vGIC" if stage == "vgic" else "the vCPU"
-    raise NotApplied(
-        f"{what}: {why} ({stage or 'arguments'}): asked {failure.asked:#x} under {failure.mask:#x}, "
-        f"has {failure.got:#x}: {os.strerror(-r)}",
-        register=failure.id,
-        asked=failure.asked,
-        mask=failure.mask,
-        got=failure.got,
-        stage=stage,
-        why=why,
-        errno=-r,
-    )
 
 
 def _array(registers: Sequence[Register]) -> tuple[Any, int]:
@@ -71,24 +46,24 @@ def _array(registers: Sequence[Register]) -> tuple[Any, int]:
 
 def apply_vm(vm: int, registers: Sequence[Register]) -> None:
     """Lets MIDR, REVIDR and AIDR be written where they are among the registers (kvmneg_arm_vm_apply)."""
-    _call(lib.kvmneg_arm_vm_apply, vm, *_array(registers))
+    call(lib.kvmneg_arm_vm_apply, vm, *_array(registers))
 
 
 def init_vcpu(vm: int, vcpu: int, features: int, registers: Sequence[Register]) -> None:
     """KVM_ARM_VCPU_INIT with `features` (bit n: number n), SVE lengths, KVM_ARM_VCPU_FINALIZE."""
-    _call(lib.kvmneg_arm_vcpu_init, vm, vcpu, features, *_array(registers))
+    call(lib.kvmneg_arm_vcpu_init, vm, vcpu, features, *_array(registers))
 
 
 def apply_vcpu(vcpu: int, registers: Sequence[Register]) -> None:
     """Everything else that a vCPU gets, read back at the end (kvmneg_arm_vcpu_apply)."""
-    _call(lib.kvmneg_arm_vcpu_apply, vcpu, *_array(registers))
+    call(lib.kvmneg_arm_vcpu_apply, vcpu, *_array(registers))
 
 
 def apply_vgic(vgic: int, revision: int) -> None:
     """GICD_IIDR.Revision of an initialised vGIC (kvmneg_arm_vgic_apply)."""
-    _call(lib.kvmneg_arm_vgic_apply, vgic, revision)
+    call(lib.kvmneg_arm_vgic_apply, vgic, revision)
 
 
 def verify_vcpu(vcpu: int, registers: Sequence[Register]) -> None:
     """Reads everything back and writes nothing (kvmneg_arm_vcpu_verify)."""
-    _call(lib.kvmneg_arm_vcpu_verify, vcpu, *_array(registers))
+    call(lib.kvmneg_arm_vcpu_verify, vcpu, *_array(registers))

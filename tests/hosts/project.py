@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 ENVIRONMENT = {"PYTHONPATH": "/job", "PYTHONUNBUFFERED": "1"}
 _TAG = sys.implementation.cache_tag
-# Their C sources, by csrc/meson.build.
-_SOURCES = {"arm64": "arm64*.c", "amd64": "x86*.c"}
+# C sources that are the other architecture's, by csrc/meson.build.
+_FOREIGN = {"arm64": "x86", "amd64": "arm64"}
 _OTHER = {".toml", ".json", ".varlink", ".csv", ".txt", ".typed", ".h", ".c"}
 
 
@@ -79,11 +79,12 @@ def _bytecode(path: Path, shown: str) -> bytes:
 
 def extension(architecture: str) -> Path:
     """The extension, cross-compiled as csrc/meson.build builds it; a second, once for each state of csrc/."""
-    sources = [CSRC / "system.c", *sorted(CSRC.glob(_SOURCES[architecture]))]
+    foreign = _FOREIGN[architecture]
+    sources = [path for path in sorted(CSRC.rglob("*.[cS]")) if not path.name.startswith(foreign)]
     compiler = f"{MACHINES[architecture]}-linux-gnu-gcc"
     if not shutil.which(compiler):
         raise HostError("build", f"{compiler} is not installed")
-    contents = [path.read_bytes() for path in (*sources, *sorted(CSRC.glob("*.h")))]
+    contents = [path.read_bytes() for path in (*sources, *sorted(CSRC.rglob("*.h")))]
 
     def make(target: Path) -> None:
         with TemporaryDirectory() as name:

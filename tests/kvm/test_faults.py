@@ -19,10 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = {
-    "x86_64": ("system.c", "x86.c", "x86-cpuid.c", "x86-state.c"),
-    "aarch64": ("system.c", *(path.name for path in sorted((ROOT / "csrc").glob("arm64*.c")))),
-}
+FOREIGN = {"x86_64": "arm64", "aarch64": "x86"}
 WRAP = tuple(f"-Wl,--wrap={name}" for name in ("ioctl", "calloc", "free"))
 OPTIONAL = {  # parts a KVM may lack: kvmneg_probe() goes on without them
     "KVM_GET_EMULATED_CPUID",
@@ -67,9 +64,10 @@ def runs(command: list[str]) -> list[Run]:
 @pytest.fixture(scope="module")
 def faults(compile_c: Callable[..., Path]) -> Path:
     """The program for this machine."""
-    sources = SOURCES[platform.machine()]
+    foreign = FOREIGN[platform.machine()]
+    sources = [path for path in sorted((ROOT / "csrc").rglob("*.[cS]")) if not path.name.startswith(foreign)]
     return compile_c(
-        "faults", ROOT / "tests/kvm/faults.c", *(ROOT / "csrc" / name for name in sources), *WRAP
+        "faults", ROOT / "tests/kvm/faults.c", *sources, *WRAP
     )
 
 

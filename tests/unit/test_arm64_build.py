@@ -18,7 +18,7 @@ from kvmneg.host import ioctls
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = "aarch64-linux-gnu-gcc"
 SYSROOT = "/usr/aarch64-linux-gnu"
-SOURCES = [ROOT / "csrc/system.c", *sorted((ROOT / "csrc").glob("arm64*.c"))]
+SOURCES = [path for path in sorted((ROOT / "csrc").rglob("*.[cS]")) if not path.name.startswith("x86")]
 ARM64 = ("KVM_ARM_PREFERRED_TARGET", "KVM_ARM_VCPU_INIT", "KVM_SET_ONE_REG", "KVM_ARM_GET_REG_WRITABLE_MASKS")
 FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-I", ROOT / "csrc")
 WRAP = tuple(f"-Wl,--wrap={name}" for name in ("ioctl", "calloc", "free"))
