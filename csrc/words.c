@@ -5,7 +5,7 @@
 
 #include "contract.h"
 
-/* Writes behind what is there; the longest address, "hyperv:0x…8.4294967295.eax", leaves room. */
+/* Writes behind what is there; the longest address, "hyperv:0xffffffff.4294967295.eax", leaves room. */
 static char *put(char *at, const char *text) {
         size_t length = strlen(text);
 

@@ -75,8 +75,10 @@ static const struct {
         { "x86-notify-vmexit",        219, BITS },
         { "x86-smm",                  117, BITS },
         { "x86-triple-fault-event",   218, BITS },
+        { "x86-user-space-msr",       188, BITS },
         { "xcrs",                      56, BITS },
         { "xen-hvm",                   38, BITS },
+        { "xsave",                     55, BITS },
         { "xsave2",                   208, MINIMUM },
 };
 
