@@ -447,7 +447,7 @@ int kvmneg_enforce_pv_cpuid(int vcpu_fd, struct kvmneg_trace *trace);
 /*
  * Makes a VMM's own table what a contract says. `cpuid` has room for `capacity` entries.
  *   - Every bound bit gets the contract's value, up or down, in each entry of its leaf.
- *   - What is the VMM's stays: caches, topology and TLBs (leaves 2, 4, 5, 0xb, 0x18, 0x1a, 0x1f, 0x80000005, 6, 0x19,
+ *   - What is the VMM's stays: caches, topology and TLBs (leaves 2, 4, 5, 0xb, 0x12.2, 0x18, 0x1a, 0x1f, 0x80000005, 6, 0x19,
  *     0x1d, 0x1e, 0x26), APIC ids and counts of threads in leaves 1 and 0x80000008, the brand string, signatures of
  *     hypervisors and their timing leaf 0x40000010, and what the guest or KVM writes by itself (OSXSAVE).
  *   - Everything else is 0: no contract grants what it does not know.

@@ -32,7 +32,19 @@ static void put_big_endian(uint8_t *bytes, uint32_t value) {
                 bytes[i] = (uint8_t) (value >> (24 - 8 * i));
 }
 
-/* Section 6.2.2. The eight variables stay where they are; each round turns their roles by one. */
+/* Round number n of eight: the variables a to h stay where they are, and their roles turn by one each time. */
+#define V(i, n) v[((i) - (n)) & 7]
+#define ROUND(n)                                                                                               \
+        do {                                                                                                   \
+                uint32_t e = V(4, n), a = V(0, n);                                                             \
+                uint32_t sum = V(7, n) + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) +                      \
+                               ((e & V(5, n)) ^ (~e & V(6, n))) + constants[t + (n)] + w[t + (n)];             \
+                V(3, n) += sum;                                                                                \
+                V(7, n) = sum + (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) +                               \
+                          ((a & V(1, n)) ^ (a & V(2, n)) ^ (V(1, n) & V(2, n)));                               \
+        } while (0)
+
+/* Section 6.2.2. */
 static void compress(uint32_t state[static 8], const uint8_t *block) {
         uint32_t w[BLOCK], v[8];
 
@@ -44,17 +56,16 @@ static void compress(uint32_t state[static 8], const uint8_t *block) {
                 w[t] = w[t - 16] + s0 + w[t - 7] + s1;
         }
         memcpy(v, state, sizeof(v));
-#define V(i) v[((i) - t) & 7]
-        for (unsigned t = 0; t < BLOCK; t++) {
-                uint32_t s1 = rotate(V(4), 6) ^ rotate(V(4), 11) ^ rotate(V(4), 25);
-                uint32_t choose = (V(4) & V(5)) ^ (~V(4) & V(6));
-                uint32_t s0 = rotate(V(0), 2) ^ rotate(V(0), 13) ^ rotate(V(0), 22);
-                uint32_t majority = (V(0) & V(1)) ^ (V(0) & V(2)) ^ (V(1) & V(2));
-                uint32_t sum = V(7) + s1 + choose + constants[t] + w[t];
-                V(3) += sum;
-                V(7) = sum + s0 + majority;
+        for (unsigned t = 0; t < BLOCK; t += 8) {
+                ROUND(0);
+                ROUND(1);
+                ROUND(2);
+                ROUND(3);
+                ROUND(4);
+                ROUND(5);
+                ROUND(6);
+                ROUND(7);
         }
-#undef V
         for (unsigned i = 0; i < 8; i++)
                 state[i] += v[i];
 }

@@ -13,6 +13,8 @@
 #define HYPERVISORS_END 0x40010000
 #define HYPERVISOR_STEP 0x100
 #define HYPERV_INTERFACE 0x31237648 /* "Hv#1" in leaf 0x40000001 (Hyper-V TLFS 2.4); the signature may be any */
+#define SGX_LEAF 0x12
+#define SGX_SECTIONS 2 /* from this subleaf on: where the VMM puts enclaves' memory */
 #define XSAVE_LEAF 0xd
 #define XSAVE_LEGACY 576 /* bytes of the legacy region and the header (Intel SDM vol. 1, 13.4) */
 #define XSAVE_COMPACTED 0xa /* leaf 0xd.1 EAX: XSAVEC, XSAVES */
@@ -46,6 +48,7 @@ static const struct bits vmm_bits[] = {
         { 0xd, 0, EBX, UINT32_MAX },        /* sizes, computed from the components */
         { 0xd, 0, ECX, UINT32_MAX },
         { 0xd, 1, EBX, UINT32_MAX },
+        { 0x12, 0, ECX, UINT32_MAX },       /* reserved, in a leaf that is else the VMM's */
         { 0x80000001, 0, EBX, 0xf000ffff }, /* brand id, package */
         { 0x80000001, 0, ECX, 0x00000002 }, /* more than one core */
         { 0x80000001, 0, EDX, 0x00000200 }, /* APIC */
@@ -161,8 +164,9 @@ static bool place_hypervisor(struct view view, uint32_t function, struct judgeme
 static struct judgement judge(const struct kvmneg_contract *contract, struct view view, uint32_t function, uint32_t index) {
         struct judgement judgement = { .space = SPACE_CPUID, .function = function, .found = UINT32_MAX };
         bool hypervisor = function >= HYPERVISORS && function < HYPERVISORS_END;
+        bool sections = function == SGX_LEAF && index >= SGX_SECTIONS;
 
-        if (hypervisor ? place_hypervisor(view, function, &judgement) : AMONG(function, vmm_leaves)) {
+        if (hypervisor ? place_hypervisor(view, function, &judgement) : sections || AMONG(function, vmm_leaves)) {
                 memset(judgement.kept, 0xff, sizeof(judgement.kept));
                 return judgement;
         }

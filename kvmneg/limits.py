@@ -41,6 +41,9 @@ GRANT_UNSTARTED_SECONDS = 600.0  # a contract begun and not started by then has 
 REPORT_BYTES = 8 * 1024 * 1024
 FENCE_BYTES = 1024 * 1024
 CONTRACT_BYTES = 1024 * 1024
+# entries of a binary contract: CPUID (what KVM takes), MSRs, arm64 registers, words with a name, portable state,
+# initialisation flags; csrc/kvmneg.h has the same
+CONTRACT_ENTRIES = (256, 1024, 8192, 256, 8192, 64)
 WORDS = 4096  # in one feature set
 REGISTERS = 8192  # arm64 register ids in one report; KVM lists some 400
 REPORTS_PER_BASELINE = 100_000

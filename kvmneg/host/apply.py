@@ -76,9 +76,7 @@ class Applied:
     @classmethod
     def of(cls, binary: bytes, *, file: str = "contract") -> Applied:
         """From the binary form. Raises BadInput with `offset`, the first byte at fault."""
-        return cls._opened(
-            lib.kvmneg_contract_open_memory, ffi.from_buffer(binary), len(binary), file=file
-        )
+        return cls._opened(lib.kvmneg_contract_open_memory, ffi.from_buffer(binary), len(binary), file=file)
 
     @classmethod
     def open(cls, path: str) -> Applied:
@@ -98,7 +96,9 @@ class Applied:
             return cls(held[0])
         if error.what != ffi.NULL:
             what = ffi.string(error.what).decode()
-            raise BadInput(f"no contract: {what}, at byte {error.offset}", file=file, offset=error.offset)
+            bad = BadInput(f"no contract: {what}, at byte {error.offset}", file=file)
+            bad.fields["offset"] = error.offset
+            raise bad
         import os  # only here
 
         raise OSError(-r, os.strerror(-r), file)

@@ -204,6 +204,8 @@ def _checked_header(data: bytes, file: str) -> tuple[Any, ...]:
     foreign = counts[:2] if _ARCHITECTURES[architecture] == words.ARM64 else (counts[2], *counts[4:])
     if any(foreign):
         raise BadInput(f"has sections that {_ARCHITECTURES[architecture]} does not have", file=file)
+    if any(count > limit for count, limit in zip(counts, limits.CONTRACT_ENTRIES, strict=True)):
+        raise BadInput(f"more entries than {limits.CONTRACT_ENTRIES}, section by section", file=file)
     expected = size + sum(count * section.size for count, section in zip(counts, _SECTIONS, strict=True))
     if not total == len(data) == expected:
         raise BadInput(

@@ -66,9 +66,7 @@ def faults(compile_c: Callable[..., Path]) -> Path:
     """The program for this machine."""
     foreign = FOREIGN[platform.machine()]
     sources = [path for path in sorted((ROOT / "csrc").rglob("*.[cS]")) if not path.name.startswith(foreign)]
-    return compile_c(
-        "faults", ROOT / "tests/kvm/faults.c", *sources, *WRAP
-    )
+    return compile_c("faults", ROOT / "tests/kvm/faults.c", *sources, *WRAP)
 
 
 def check_contract(all_runs: list[Run]) -> None:
