@@ -123,7 +123,8 @@ struct kvmneg_contract_error {
  *   -EBADMSG         it is not a contract: `ret_error`, which may be NULL, says where and why. Only then is it written
  *   -ENOMEM, and what open(2) and read(2) fail with
  */
-int kvmneg_contract_open(const char *path, struct kvmneg_contract **ret_contract, struct kvmneg_contract_error *ret_error);
+int kvmneg_contract_open(const char *path, struct kvmneg_contract **ret_contract,
+                         struct kvmneg_contract_error *ret_error);
 int kvmneg_contract_open_fd(int fd, struct kvmneg_contract **ret_contract, struct kvmneg_contract_error *ret_error);
 int kvmneg_contract_open_memory(const void *data, uint64_t size, struct kvmneg_contract **ret_contract,
                                 struct kvmneg_contract_error *ret_error);
@@ -196,7 +197,7 @@ enum {
         KVMNEG_STAGE_VGIC,     /* arm64: GICD_IIDR */
         KVMNEG_STAGE_VERIFY,   /* everything read back */
         KVMNEG_STAGE_CHECK,    /* x86: what KVM has to have, and what the VMM asks for */
-        KVMNEG_STAGE_XSAVE,    /* x86: permission for XSAVE components that are given on demand (ARCH_REQ_XCOMP_GUEST_PERM) */
+        KVMNEG_STAGE_XSAVE,    /* x86: permission for XSAVE components on demand (ARCH_REQ_XCOMP_GUEST_PERM) */
         KVMNEG_STAGE_TSC,      /* x86: the TSC's rate */
         KVMNEG_STAGE_CPUID,    /* x86: KVM_SET_CPUID2, and read back */
         KVMNEG_STAGE_MSR,      /* x86: feature MSRs, and read back */
@@ -254,8 +255,8 @@ struct kvmneg_cpuid;
  *   vcpu_apply   each vCPU; on arm64 after the vGIC is created and KVM_ARM_VCPU_PMU_V3_SET_PMU.
  *                x86: KVM_SET_CPUID2 (4.20) with `cpuid` clamped (kvmneg_clamp_cpuid), feature MSRs by KVM_SET_MSRS
  *                (4.19) and KVM_X86_SETUP_MCE (4.105), both read back; KVM_CAP_ENFORCE_PV_FEATURE_CPUID (8.28) and
- *                KVM_CAP_HYPERV_ENFORCE_CPUID (8.33). Without `cpuid` the vCPU gets the contract's leaves alone: APIC id 0,
- *                no topology, no names
+ *                KVM_CAP_HYPERV_ENFORCE_CPUID (8.33). Without `cpuid` the vCPU gets the contract's leaves alone: APIC
+ *                id 0, no topology, no names
  *                arm64: every other register, then verify; `cpuid` is NULL
  *   vcpu_verify  reads only: after vcpu_apply, and again after the first run
  *
@@ -447,9 +448,9 @@ int kvmneg_enforce_pv_cpuid(int vcpu_fd, struct kvmneg_trace *trace);
 /*
  * Makes a VMM's own table what a contract says. `cpuid` has room for `capacity` entries.
  *   - Every bound bit gets the contract's value, up or down, in each entry of its leaf.
- *   - What is the VMM's stays: caches, topology and TLBs (leaves 2, 4, 5, 0xb, 0x12.2, 0x18, 0x1a, 0x1f, 0x80000005, 6, 0x19,
- *     0x1d, 0x1e, 0x26), APIC ids and counts of threads in leaves 1 and 0x80000008, the brand string, signatures of
- *     hypervisors and their timing leaf 0x40000010, and what the guest or KVM writes by itself (OSXSAVE).
+ *   - What is the VMM's stays: caches, topology and TLBs (leaves 2, 4, 5, 0xb, 0x12.2, 0x18, 0x1a, 0x1f, 0x80000005,
+ *     6, 0x19, 0x1d, 0x1e, 0x26), APIC ids and counts of threads in leaves 1 and 0x80000008, the brand string,
+ *     signatures of hypervisors and their timing leaf 0x40000010, and what the guest or KVM writes by itself (OSXSAVE).
  *   - Everything else is 0: no contract grants what it does not know.
  *   - A bound leaf that is not there is added, unless all of it is 0. KVM's leaf is found by its signature, at
  *     0x40000000 or up to 0x4000ff00 in steps of 0x100, Hyper-V's at 0x40000000; without a signature a guest is not

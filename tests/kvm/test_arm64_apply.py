@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmneg.errors import NotApplied
+from kvmneg.host import measure
+from kvmneg.host.apply import Applied
 from kvmneg.host.apply_arm64 import Register, apply_vcpu, apply_vgic, apply_vm, init_vcpu, verify_vcpu
+from kvmneg.policy import negotiation
+from kvmneg.policy.request import Request
 
 from .arm64_facts import AA64, MMFR2, Facts, facts, nibbles
 from .arm64_guest import (
@@ -47,10 +51,10 @@ def found(kvm: Kvm) -> Facts:
     return facts(kvm)
 
 
-def fault(function: Any, *arguments: Any) -> dict[str, Any]:
+def fault(function: Any, *arguments: Any, **named: int) -> dict[str, Any]:
     """The fields of the NotApplied that it raises."""
     with pytest.raises(NotApplied) as caught:
-        function(*arguments)
+        function(*arguments, **named)
     return caught.value.fields
 
 
@@ -140,6 +144,7 @@ def test_too_late(kvm: Kvm, found: Facts) -> None:
         if found.bitmaps:
             now = vcpu.get(STD)
             assert fault(apply_vcpu, vcpu.fd, [Register(STD, 0, EVERY)]) == {
+                "word": f"arm64:{STD:#x}", "ioctl": "",
                 "register": STD, "asked": 0, "mask": EVERY, "got": now, "stage": "firmware", "why": "too late",
                 "errno": errno.EBUSY,
             }  # fmt: skip
@@ -280,3 +285,34 @@ def test_another_process(kvm: Kvm) -> None:
                 os._exit(error.fields["errno"] if error.fields["why"] == "failed" else 254)
             os._exit(255)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == errno.EIO
+
+
+def test_a_contract_of_this_host_by_the_names_of_both_architectures(kvm: Kvm) -> None:
+    """What the host offers, negotiated, read by libkvmneg, applied, seen after the first run; not a contract of x86."""
+    contract = negotiation.negotiate(Request(maximum=True), measure.measure(), None).contract
+    held = Applied.of(contract.binary())
+    assert held.info()["vcpu_features"] == contract.granted.value("arm:vcpu-features")
+    with Vm(kvm.fd) as vm:
+        held.vm(vm.fd)
+        assert fault(held.vm, vm.fd, x2apic_api=1)["errno"] == errno.EINVAL
+        vcpu = vm.vcpu(None)
+        held.vcpu_init(vm.fd, vcpu.fd)
+        vcpu.features = held.info()["vcpu_features"]
+        vgic = vm.vgic()
+        held.vcpu(vcpu.fd)
+        assert set_attribute(vgic, 4, 0) == 0
+        held.verify(vcpu.fd)
+        vm.load(reads(MMFR2))
+        (seen,) = vcpu.run()
+        bound = {word: (value, mask) for word, value, mask in held.words()}
+        value, mask = bound.get(f"arm64:{MMFR2:#x}", (0, 0))
+        assert seen & mask == value
+        held.verify(vcpu.fd)
+        held.vcpu(vcpu.fd)
+
+
+def test_a_word_that_differs_is_named(kvm: Kvm, found: Facts) -> None:
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(PSCI_0_2)
+        told = fault(verify_vcpu, vcpu.fd, [Register(PSCI_VERSION, 0x2, EVERY)])
+        assert told["word"] == f"arm64:{PSCI_VERSION:#x}"

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from kvmneg._libkvmneg import ffi, lib
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
+ABI = Path(__file__).with_name("abi.txt")
 FOREIGN = {"x86_64": "arm64", "aarch64": "x86"}
 OTHER = {"x86_64": "-D__aarch64__", "aarch64": "-D__x86_64__"}
 
@@ -66,3 +68,17 @@ def test_header_in_cpp(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
     )
+
+
+def test_layout_is_the_one_that_programs_were_built_with() -> None:
+    """tests/kvm/abi.txt has every structure of the header with its size, and every constant with its value."""
+    rows = [line.split() for line in ABI.read_text("ascii").splitlines() if not line.startswith("#")]
+    here = {"x86_64": "x86_64", "aarch64": "arm64"}[platform.machine()]
+    listed = {(kind, name): int(value) for kind, name, where, value in rows if where in ("both", here)}
+    found = {
+        ("struct", name): ffi.sizeof(f"struct {name}")
+        for name in ffi.list_types()[1]
+        if name != "kvmneg_contract"  # its layout is the library's own
+    }
+    found |= {("constant", name): getattr(lib, name) for name in dir(lib) if name.startswith("KVMNEG_")}
+    assert found == listed

@@ -69,7 +69,7 @@ def leaves() -> list[tuple[int, int]]:
     for word in (*known.words, *known.leaves):
         kind, _, rest = word.partition(":")
         if kind == "cpuid":
-            leaf, subleaf = (rest.split(".") + ["0"])[:2]
+            leaf, subleaf = [*rest.split("."), "0"][:2]
             found.add((int(leaf, 16), int(subleaf)))
     return sorted(row for row in found if not 0x4000_0000 <= row[0] < 0x4001_0000)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""libkvmneg's reader of contracts: it takes what kvmneg.policy.contract takes, and nothing else, whatever the damage."""
+"""libkvmneg's reader of contracts: it takes what kvmneg.policy.contract takes and nothing else, whatever the damage."""
 
 from __future__ import annotations
 

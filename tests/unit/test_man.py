@@ -15,7 +15,7 @@ from kvmneg import errors, limits
 from kvmneg.cli import COMMANDS, arguments
 
 MAN = Path(__file__).parents[2] / "man"
-PAGES = ("kvmneg.1", "kvmnegd.8")
+PAGES = ("kvmneg.1", "kvmnegd.8", "libkvmneg.3")
 
 
 def source(page: str) -> str:
@@ -129,3 +129,10 @@ def test_a_page_renders(page: str, tmp_path: Path) -> None:
         ["mandoc", "-T", "lint", "-W", "error", rendered], capture_output=True, text=True, check=False
     )
     assert linted.returncode == 0, linted.stdout + linted.stderr
+
+
+def test_every_function_of_the_library_is_on_its_page() -> None:
+    script = (MAN.parent / "csrc/libkvmneg.map").read_text("ascii")
+    named = set(re.findall(r"^\s+(kvmneg_\w+);$", script, re.MULTILINE))
+    assert len(named) > 30
+    assert named <= set(re.findall(r"kvmneg_[a-z0-9_]+", source("libkvmneg.3").replace("\\", "")))
