@@ -14,14 +14,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import checking, emulated, measuring, merging, proving, serving, starting
+from bench import applying, checking, emulated, measuring, merging, proving, serving, starting
 from bench.figures import Figure
 
 HERE = Path(__file__).parent
+FOREIGN = {"x86_64": "arm64", "aarch64": "x86"}
 
 
 def compiled(folder: Path) -> Path:
     """The C programs of bench/c, compiled into `folder`."""
+    foreign, csrc = FOREIGN[platform.machine()], HERE.parent / "csrc"
+    library = [path for path in sorted(csrc.rglob("*.[cS]")) if not path.name.startswith(foreign)]
+    with_library = {"applying": ["-Wl,--wrap=ioctl", *map(str, library)]}
     for source in sorted((HERE / "c").glob("*.c")):
         program = folder / source.stem
         command = [
@@ -33,6 +37,7 @@ def compiled(folder: Path) -> Path:
             "-o",
             str(program),
             str(source),
+            *with_library.get(source.stem, []),
         ]
         subprocess.run(command, check=True)
     return folder
@@ -62,7 +67,7 @@ def main() -> int:
     missed = False
     with tempfile.TemporaryDirectory() as scratch:
         programs = compiled(Path(scratch))
-        for part in (measuring, proving, checking, starting, serving, merging, emulated):
+        for part in (measuring, applying, proving, checking, starting, serving, merging, emulated):
             try:
                 for figure in part.figures(programs, state):
                     print(figure.line(), flush=True)
