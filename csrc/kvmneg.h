@@ -242,7 +242,8 @@ struct kvmneg_cpuid;
 
 /*
  * A contract is applied in this order, on the VMM's own descriptors (KVM answers -EIO to another process). `choices`,
- * `cpuid`, `failure` and `trace` may be NULL; nothing is allocated. They stop at the first word that fails.
+ * `cpuid`, `failure` and `trace` may be NULL; nothing is allocated, and at most 32 KiB of stack are used. They stop at
+ * the first word that fails.
  *
  *   vm_apply     after KVM_CREATE_VM, before the first vCPU.
  *                x86: every capability of the contract is asked for; XSAVE components on demand are permitted; the TSC

@@ -28,7 +28,8 @@ whole with the digest field zeroed.
 A mask has a one where the contract binds the bit; where it has a zero the bit is the VMM's (topology), the
 guest's (OSXSAVE), recomputed (XSAVE sizes), or in a register that this guest is not shown. Values are zero
 outside their mask, an entry binds at least one bit, entries are sorted by their address (CPUID: space,
-function, index; MSR: index; capability: name), and reserved fields are zero.
+function, index; MSR: index; capability: name), and reserved fields are zero. No section has more entries than
+limits.CONTRACT_ENTRIES. csrc/contract-check.c reads the same.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ import fcntl
 import mmap
 import os
 import struct
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +28,8 @@ from kvmneg.policy import contract as contracts
 from kvmneg.policy.contract import Contract
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmneg.features.report import Report
     from kvmneg.host.kvm import CpuidEntry, Kvm
 
@@ -37,6 +41,7 @@ pytestmark = [
 # include/uapi/linux/kvm.h
 KVM_CREATE_VCPU, KVM_RUN, KVM_SET_USER_MEMORY_REGION = 0xAE41, 0xAE80, 0x4020AE46
 PAGE = 4096
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +297,15 @@ def frozen(release: str) -> bool:
     """Whether KVM freezes CPUID at the first run: since Linux 5.16."""
     major, minor = release.split(".")[:2]
     return (int(major), int("".join(filter(str.isdigit, minor)))) >= (5, 16)
+
+
+def test_sanitized(kvm: Kvm, report: Report, compile_c: Callable[..., Path], tmp_path: Path) -> None:
+    """Read and applied from C, three times over, under the address and undefined behaviour sanitizers."""
+    file = tmp_path / "contract"
+    file.write_bytes(limited(report).binary())
+    sources = [path for path in sorted((ROOT / "csrc").rglob("*.[cS]")) if not path.name.startswith("arm64")]
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wl,--wrap=ioctl")
+    program = compile_c("applying", *flags, ROOT / "bench/c/applying.c", *sources)
+    done = subprocess.run([program, file, "3"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.split()) == 3
