@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * libkvmneg: what a KVM offers to guests, read through its ioctls.
+ * libkvmneg: what a KVM offers to guests, read through its ioctls, and giving a VM what a contract says.
  *
  * The contract of every function here:
  *   - it returns 0 (or, where it says so, a count) on success and a negative errno on failure;
