@@ -23,7 +23,7 @@ from kvmneg.errors import NotApplied
 from kvmneg.features import words
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.host import measure
-from kvmneg.host.apply import Applied
+from kvmneg.host.apply import REASONS, STAGES, Applied
 from kvmneg.policy import contract as contracts
 from kvmneg.policy.contract import Contract
 
@@ -309,3 +309,26 @@ def test_sanitized(kvm: Kvm, report: Report, compile_c: Callable[..., Path], tmp
     done = subprocess.run([program, file, "3"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.split()) == 3
+
+
+def test_each_ioctl_fails(kvm: Kvm, report: Report, compile_c: Callable[..., Path], tmp_path: Path) -> None:
+    """An error that says nothing of a word is passed on as it is, with its ioctl; errno is left alone."""
+    file = tmp_path / "contract"
+    file.write_bytes(limited(report).binary())
+    sources = [path for path in sorted((ROOT / "csrc").rglob("*.[cS]")) if not path.name.startswith("arm64")]
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wl,--wrap=ioctl")
+    program = compile_c("apply_faults", *flags, ROOT / "tests/kvm/apply_faults.c", *sources)
+    done = subprocess.run([program, file, str(errno.EIO)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    *rows, last = [line.split() for line in done.stdout.splitlines()]
+    assert last == ["whole", "0"]
+    for result, error, stage, why, ioctl, word in rows:
+        assert int(result) == int(error) == -errno.EIO
+        assert REASONS[int(why)] == "failed" and STAGES[int(stage)]
+        assert ioctl.startswith("KVM_") and (word != "-" or "CPUID2" in ioctl), ioctl
+    assert {row[4] for row in rows} >= {
+        "KVM_CHECK_EXTENSION",
+        "KVM_SET_CPUID2",
+        "KVM_GET_CPUID2",
+        "KVM_ENABLE_CAP",
+    }
