@@ -24,7 +24,8 @@ SECONDS = 300.0
 def bare_probe(folder: Path) -> bytes:
     """The C program, cross-built with libkvmneg's sources, which tell it once what to do."""
     csrc, program = HERE.parent / "csrc", folder / "bare_probe.arm64"
-    sources = [HERE / "c/arm64/bare_probe.c", csrc / "system.c", *sorted(csrc.glob("arm64*.c"))]
+    library = [path for path in sorted(csrc.rglob("*.[cS]")) if not path.name.startswith("x86")]
+    sources = [HERE / "c/arm64/bare_probe.c", *library]
     flags = ["-O2", "-std=gnu11", "-Wall", "-Werror", f"-I{csrc}", "-Wl,--wrap=ioctl,--wrap=close"]
     try:
         subprocess.run([COMPILER, *flags, *map(str, sources), "-o", str(program)], check=True)

@@ -33,10 +33,7 @@ if TYPE_CHECKING:
     from kvmneg.features.report import Report
     from kvmneg.host.kvm import CpuidEntry, Kvm
 
-pytestmark = [
-    pytest.mark.kvm,
-    pytest.mark.skipif(measure.ARCHITECTURE != "x86_64", reason="CPUID is x86's"),
-]
+pytestmark = pytest.mark.kvm
 
 # include/uapi/linux/kvm.h
 KVM_CREATE_VCPU, KVM_RUN, KVM_SET_USER_MEMORY_REGION = 0xAE41, 0xAE80, 0x4020AE46
