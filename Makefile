@@ -10,7 +10,7 @@ PREFIX ?= /usr
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml meson.build $(shell find kvmneg csrc man units -type f ! -name '*.pyc' ! -name '*.so' ! -name '_x86_64*' 2>/dev/null)
 
-.PHONY: run test test-hosts test-long lint bench build install clean setup-run setup-test setup-hosts
+.PHONY: run test test-hosts test-long lint bench build install clean setup-run setup-install setup-test setup-hosts
 .DELETE_ON_ERROR:
 
 run: setup-run build  ## the main job on this host, narrated
@@ -34,16 +34,16 @@ bench: setup-test build $(VENV)/.test $(VENV)/.bench  ## every figure with its t
 
 build: $(VENV)/.built
 
-install: setup-run $(VENV)/.run  ## the C library, header, pkg-config file and the Python package, below DESTDIR
+install: setup-install $(VENV)/.run  ## the C libraries, headers, pkg-config files and the Python package, below DESTDIR
 	@rm -rf build/install
-	@$(BIN)/meson setup --wipe --buildtype=release --prefix=$(PREFIX) -Dpython.install_env=prefix build/install >build/install.log 2>&1 \
-	    || $(BIN)/meson setup --buildtype=release --prefix=$(PREFIX) build/install
+	@$(BIN)/meson setup --wipe --buildtype=release --prefix=$(PREFIX) -Dpython.install_env=prefix -Dclient=enabled build/install >build/install.log 2>&1 \
+	    || $(BIN)/meson setup --buildtype=release --prefix=$(PREFIX) -Dclient=enabled build/install
 	@$(BIN)/meson install -C build/install --destdir '$(abspath $(DESTDIR))'
 
 clean:
 	rm -rf build .venv
 
-setup-run setup-test setup-hosts:
+setup-run setup-install setup-test setup-hosts:
 	@tools/setup.sh $(@:setup-%=%)
 
 $(BIN)/python:

@@ -30,6 +30,7 @@ TOP = Path(__file__).parent
 sys.path.append(str(TOP.parent))  # behind everything: kvmneg stays the built one
 from tests import summary  # noqa: E402 - needs the line above
 
+pytest_plugins = ("tests.c_client",)
 MINIMUM_X86 = (
     "KVM_GET_API_VERSION", "KVM_CHECK_EXTENSION", "KVM_CREATE_VM", "KVM_CREATE_VCPU", "KVM_GET_SUPPORTED_CPUID",
     "KVM_SET_CPUID2",

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# tools/setup.sh run|test|hosts: the Debian packages that `make run`, `make test` or `make test-hosts` needs. As root
-# it installs what is missing; as anyone else it prints the one line that does, and stops.
+# tools/setup.sh run|install|test|hosts: the Debian packages that `make run`, `make install`, `make test` or
+# `make test-hosts` needs. As root it installs what is missing; as anyone else it prints the one line that does, and stops.
 set -euo pipefail
 
 case $(dpkg --print-architecture 2>/dev/null || true) in
@@ -13,12 +13,13 @@ esac
 packages=(python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev "$qemu")
 case ${1:-} in
     test | hosts)
-        packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user scdoc mandoc shellcheck procps g++ gpg gpg-agent gpgv apt-utils)
+        packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user scdoc mandoc shellcheck procps g++ gpg gpg-agent gpgv apt-utils libjson-c-dev)
         # the hosts of tests/hosts, of either architecture
         packages+=(qemu-system-arm qemu-system-x86)
         ;;
     run) ;;
-    *) echo "usage: $0 run|test|hosts" >&2; exit 2 ;;
+    install) packages+=(libjson-c-dev) ;; # libkvmneg-client
+    *) echo "usage: $0 run|install|test|hosts" >&2; exit 2 ;;
 esac
 
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }

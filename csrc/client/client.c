@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The methods: what each asks, and which fields of a reply it needs. */
+
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "client.h"
+
+struct kvmneg_refusal *kvmneg_refusal_free(struct kvmneg_refusal *refusal) {
+        if (refusal) {
+                free((void *) refusal->name);
+                free((void *) refusal->message);
+                free((void *) refusal->hint);
+                free((void *) refusal->blockers);
+                free((void *) refusal->reply);
+                free(refusal);
+        }
+        return NULL;
+}
+
+struct kvmneg_offer *kvmneg_offer_free(struct kvmneg_offer *offer) {
+        if (offer) {
+                free((void *) offer->not_granted);
+                free((void *) offer->scope);
+                free((void *) offer->reply);
+                free(offer);
+        }
+        return NULL;
+}
+
+struct kvmneg_grant *kvmneg_grant_free(struct kvmneg_grant *grant) {
+        if (grant) {
+                free((void *) grant->path);
+                free(grant);
+        }
+        return NULL;
+}
+
+/* Why not, of an error reply, whose text it takes over. An error with odd parameters is one all the same: what cannot
+ * be read of it is empty, and `reply` has it. */
+static int refusal_of(const struct document *document, struct reply *reply, struct kvmneg_refusal **ret_refusal) {
+        struct kvmneg_refusal *refusal;
+        const char *name;
+        char *text = NULL;
+
+        if (!ret_refusal)
+                return -EREMOTEIO;
+        refusal = calloc(1, sizeof(*refusal));
+        if (!refusal)
+                return -ENOMEM;
+        if (kvmneg_client_error_name(document, &name) == 0)
+                refusal->name = strdup(name);
+        refusal->message = kvmneg_client_text(document, "message", &text) == 0 ? text : strdup("");
+        refusal->hint = kvmneg_client_text(document, "hint", &text) == 0 ? text : strdup("");
+        refusal->blockers = kvmneg_client_blockers(document, "blockers", &text, &refusal->blocker_count) == 0 ?
+                                    text :
+                                    strdup("");
+        if (!refusal->name || !refusal->message || !refusal->hint || !refusal->blockers) {
+                kvmneg_refusal_free(refusal);
+                return -ENOMEM;
+        }
+        refusal->reply = reply->text;
+        reply->text = NULL;
+        *ret_refusal = refusal;
+        return -EREMOTEIO;
+}
+
+/* Sends a call, which it releases, and parses the reply. Release both, on success only. */
+static int ask(const char *socket, char *call, size_t size, int timeout_ms, struct reply *ret_reply,
+               struct document **ret_document, struct kvmneg_refusal **ret_refusal) {
+        struct document *document = NULL;
+        struct reply reply = { NULL, 0 };
+        int r = kvmneg_client_exchange(socket, call, size, timeout_ms, &reply);
+
+        free(call);
+        if (r == 0)
+                r = kvmneg_client_parse(&reply, &document);
+        if (r == -EREMOTEIO)
+                r = refusal_of(document, &reply, ret_refusal);
+        if (r < 0) {
+                kvmneg_client_document_free(document);
+                free(reply.text);
+                return r;
+        }
+        *ret_document = document;
+        *ret_reply = reply;
+        return 0;
+}
+
+/* "sha256:" and 64 hexadecimal digits, into room for them. */
+static int digest_of(const struct document *document, char digest[static KVMNEG_CLIENT_DIGEST_SIZE]) {
+        static const char prefix[] = "sha256:";
+        const size_t start = sizeof(prefix) - 1;
+        const char *text = NULL;
+        int r = kvmneg_client_string(document, "digest", &text);
+
+        if (r < 0)
+                return r;
+        if (strlen(text) != KVMNEG_CLIENT_DIGEST_SIZE - 1 || strncmp(text, prefix, start) != 0 ||
+            strspn(text + start, "0123456789abcdef") != 64)
+                return -EBADMSG;
+        memcpy(digest, text, KVMNEG_CLIENT_DIGEST_SIZE);
+        return 0;
+}
+
+static int read_offer(const struct document *document, struct kvmneg_offer *offer) {
+        char *text = NULL;
+        int r = digest_of(document, offer->digest);
+
+        if (r == 0)
+                r = kvmneg_client_number(document, "generation", &offer->generation);
+        if (r == 0)
+                r = kvmneg_client_blockers(document, "notGranted", &text, &offer->not_granted_count);
+        if (r < 0)
+                return r;
+        offer->not_granted = text;
+        r = kvmneg_client_lines(document, "scope", &text);
+        if (r == 0)
+                offer->scope = text;
+        return r;
+}
+
+int kvmneg_negotiate(const char *socket, const char *request, int timeout_ms, struct kvmneg_offer **ret_offer,
+                     struct kvmneg_refusal **ret_refusal) {
+        struct kvmneg_offer *offer;
+        struct document *document;
+        struct reply reply;
+        size_t size;
+        char *call;
+        int r = kvmneg_client_call_of_json("org.kvmneg.Negotiate", request, &call, &size);
+
+        if (r == 0)
+                r = ask(socket, call, size, timeout_ms, &reply, &document, ret_refusal);
+        if (r < 0)
+                return r;
+        offer = calloc(1, sizeof(*offer));
+        r = offer ? read_offer(document, offer) : -ENOMEM;
+        kvmneg_client_document_free(document);
+        if (r < 0) {
+                free(reply.text);
+                kvmneg_offer_free(offer);
+                return r;
+        }
+        offer->reply = reply.text;
+        *ret_offer = offer;
+        return 0;
+}
+
+static int read_grant(const struct document *document, const char *digest, struct kvmneg_grant *grant) {
+        const char *path = "";
+        int r = digest_of(document, grant->digest);
+
+        if (r == 0 && strcmp(grant->digest, digest) != 0)
+                r = -EBADMSG;
+        if (r == 0)
+                r = kvmneg_client_number(document, "generation", &grant->generation);
+        if (r == 0)
+                r = kvmneg_client_number(document, "expiresInSeconds", &grant->expires_in_seconds);
+        if (r == 0)
+                r = kvmneg_client_string(document, "path", &path);
+        if (r < 0)
+                return r;
+        if (path[0] != '/' || strlen(path) >= PATH_MAX)
+                return -EBADMSG;
+        grant->path = strdup(path);
+        return grant->path ? 0 : -ENOMEM;
+}
+
+int kvmneg_begin(const char *socket, const char *digest, const char *vm, int timeout_ms,
+                 struct kvmneg_grant **ret_grant, struct kvmneg_refusal **ret_refusal) {
+        const char *const parameters[] = { "digest", digest, "vm", vm, NULL };
+        struct kvmneg_grant *grant;
+        struct document *document;
+        struct reply reply;
+        size_t size;
+        char *call;
+        int r = kvmneg_client_call_of_strings("org.kvmneg.Begin", parameters, &call, &size);
+
+        if (r == 0)
+                r = ask(socket, call, size, timeout_ms, &reply, &document, ret_refusal);
+        if (r < 0)
+                return r;
+        grant = calloc(1, sizeof(*grant));
+        r = grant ? read_grant(document, digest, grant) : -ENOMEM;
+        kvmneg_client_document_free(document);
+        free(reply.text);
+        if (r < 0) {
+                kvmneg_grant_free(grant);
+                return r;
+        }
+        *ret_grant = grant;
+        return 0;
+}
+
+/* A method that says one thing about a VM, and has nothing to hear. */
+static int tell(const char *socket, const char *method, const char *vm, int timeout_ms,
+                struct kvmneg_refusal **ret_refusal) {
+        const char *const parameters[] = { "vm", vm, NULL };
+        struct document *document;
+        struct reply reply;
+        size_t size;
+        char *call;
+        int r = kvmneg_client_call_of_strings(method, parameters, &call, &size);
+
+        if (r == 0)
+                r = ask(socket, call, size, timeout_ms, &reply, &document, ret_refusal);
+        if (r < 0)
+                return r;
+        kvmneg_client_document_free(document);
+        free(reply.text);
+        return 0;
+}
+
+int kvmneg_started(const char *socket, const char *vm, int timeout_ms, struct kvmneg_refusal **ret_refusal) {
+        return tell(socket, "org.kvmneg.Started", vm, timeout_ms, ret_refusal);
+}
+
+int kvmneg_end(const char *socket, const char *vm, int timeout_ms, struct kvmneg_refusal **ret_refusal) {
+        return tell(socket, "org.kvmneg.End", vm, timeout_ms, ret_refusal);
+}

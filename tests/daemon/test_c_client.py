@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""libkvmneg-client with a real kvmnegd: the same answers, bytes and refusals as the Python client's."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvmneg.errors import Blocked, KvmnegError
+from kvmneg.features.difference import Blocker
+from kvmneg.policy.contract import Contract
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .conftest import Daemon
+
+VM = "0b9f3c1e-5f0b-4a49-9d0e-6a1f2b3c4d5e"
+NONE = "sha256:" + "0" * 64
+REQUESTS = (
+    {"level": "x86-64-v2"},
+    {"max": True, "optional": None},
+    {"level": "x86-64-v1", "optional": ["avx512f", "aes", "amx-tile"]},
+)
+
+
+def parameters(request: dict[str, Any]) -> str:
+    return json.dumps({"request": request})
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_both_clients_get_the_same(
+    daemon: Daemon, c_client: Callable[..., dict[str, str]], request_: dict[str, Any]
+) -> None:
+    """The reply as a whole, the fields that C has taken out of it, and the contract's file."""
+    with daemon.client() as client:
+        offer = client.negotiate(request_)
+        given = c_client(daemon.socket, "negotiate", parameters(request_))
+        assert given["r"] == "0"
+        assert json.loads(given["reply"]) == {"parameters": offer}
+        assert (given["digest"], given["generation"]) == (offer["digest"], str(offer["generation"]))
+        assert given["scope"].splitlines() == offer["scope"]
+        assert int(given["not_granted_count"]) == len(offer["notGranted"])
+        told = [Blocker.from_json(row).describe() for row in offer["notGranted"]]
+        assert given["not_granted"].splitlines() == told
+        grant = c_client(daemon.socket, "begin", given["digest"], VM)
+        assert client.begin(offer["digest"], VM)["path"] == grant["path"]
+    file = Path(grant["path"]).read_bytes()
+    assert file == Contract.from_json(offer["contract"]).binary()
+
+
+def test_the_life_of_a_contract(daemon: Daemon, c_client: Callable[..., dict[str, str]]) -> None:
+    given = c_client(daemon.socket, "negotiate", parameters({"level": "x86-64-v2"}))
+    assert c_client(daemon.socket, "begin", given["digest"], VM)["r"] == "0"
+    assert c_client(daemon.socket, "started", VM)["r"] == "0"
+    with daemon.client() as client:
+        assert client.get_contract(given["digest"])["state"] == "granted"
+        assert c_client(daemon.socket, "end", VM)["r"] == "0"
+        assert client.get_contract(given["digest"])["path"] is None  # nobody holds it any more
+
+
+def test_blockers(daemon: Daemon, c_client: Callable[..., dict[str, str]]) -> None:
+    request = {"level": "x86-64-v2", "require": ["erms", "movdir64b", "sgx"]}
+    with daemon.client() as client, pytest.raises(Blocked) as blocked:
+        client.negotiate(request)
+    given = c_client(daemon.socket, "negotiate", parameters(request))
+    assert (given["r"], given["name"]) == (str(-errno.EREMOTEIO), Blocked.varlink)
+    assert (given["message"], given["hint"]) == (blocked.value.message, blocked.value.hint)
+    assert given["blockers"].splitlines() == [blocker.describe() for blocker in blocked.value.blockers]
+    assert int(given["blocker_count"]) == len(blocked.value.blockers) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "python"),
+    [
+        (("negotiate", "{}"), ("Negotiate", {})),
+        (("negotiate", '{"request":{"level":"none"}}'), ("Negotiate", {"request": {"level": "none"}})),
+        (("negotiate", '{"request":{},"more":1}'), ("Negotiate", {"request": {}, "more": 1})),
+        (("begin", NONE, VM), ("Begin", {"digest": NONE, "vm": VM})),
+        (("begin", "x", "y"), ("Begin", {"digest": "x", "vm": "y"})),
+        (("started", VM), ("Started", {"vm": VM})),
+        (("end", VM), ("End", {"vm": VM})),
+    ],
+)
+def test_refusals(
+    daemon: Daemon,
+    c_client: Callable[..., dict[str, str]],
+    arguments: tuple[str, ...],
+    python: tuple[str, dict[str, Any]],
+) -> None:
+    """The same error, by its name on the wire, that Python raises as a class."""
+    method, asked = python
+    with daemon.client() as client, pytest.raises(KvmnegError) as error:
+        client.call(f"org.kvmneg.{method}", asked)
+    given = c_client(daemon.socket, *arguments)
+    assert given["r"] == str(-errno.EREMOTEIO)
+    # of an error that is any varlink service's, Python keeps the name in a field
+    assert given["name"] == error.value.fields.get("varlink", error.value.varlink)
+    if not given["name"].startswith("org.varlink.service."):
+        assert (given["message"], given["hint"]) == (error.value.message, error.value.hint)
+
+
+def test_what_json_has_not_is_no_call(daemon: Daemon, c_client: Callable[..., dict[str, str]]) -> None:
+    """json-c takes NaN; the daemon takes no such call, and closes."""
+    given = c_client(daemon.socket, "negotiate", '{"request":{"level":NaN}}')
+    assert given["r"] == str(-errno.ECONNRESET)
