@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 from collections import Counter
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,12 @@ MINIMUM_ARM64 = (
     "KVM_GET_API_VERSION", "KVM_CHECK_EXTENSION", "KVM_CREATE_VM", "KVM_ARM_PREFERRED_TARGET", "KVM_ARM_VCPU_INIT",
     "KVM_GET_REG_LIST", "KVM_GET_ONE_REG", "KVM_SET_ONE_REG", "KVM_CREATE_DEVICE",
 )  # fmt: skip
+
+# kvmneg's own plugin, which pytest loads by itself where the package is installed; and sub-runs, to test it
+_OWN = (
+    () if any(one.name == "kvmneg" for one in entry_points(group="pytest11")) else ("kvmneg.pytest_plugin",)
+)
+pytest_plugins = ("pytester", *_OWN)
 
 _handles: list[Kvm] = []
 _skips: list[tuple[str, str]] = []

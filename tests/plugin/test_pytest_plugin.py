@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The pytest plugin in runs of its own: what is skipped and why, what fails, what the log and JUnit say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+import pytest
+
+from kvmneg.client import Client
+from kvmneg.errors import Unreachable
+from kvmneg.features.report import Report
+from kvmneg.policy.contract import Contract
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDED = ROOT / "kvmneg/data/recorded-host.json"
+# as in tests/conftest.py; not both ways, which pytest refuses
+LOADED = (
+    ()
+    if any(one.name == "kvmneg" for one in entry_points(group="pytest11"))
+    else ("-p", "kvmneg.pytest_plugin")
+)
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
+    """run(source, *options): a file of tests, judged by the recorded report; `alone` in a process of its own."""
+
+    def run_it(
+        source: str, *options: str, report: Path | None = RECORDED, alone: bool = False
+    ) -> pytest.RunResult:
+        pytester.makepyfile(f"import pytest\n{source}")
+        judged = () if report is None else (f"--kvm-report={report}",)
+        # what the run does not need costs a second each time
+        without = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+        start = pytester.runpytest_subprocess if alone else pytester.runpytest_inprocess
+        return start(*LOADED, *without, "-rs", *judged, *options)
+
+    return run_it
+
+
+def mark(text: str) -> str:
+    return f"@pytest.mark.kvm({text})\ndef test_it(): pass\n"
+
+
+# --- skip or fail
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        'requires=["avx2", "kvm-pv-eoi"], level="x86-64-v3"',
+        'requires=["avx2"]',  # with avx, xsave and more that it is built on
+        'level="x86-64-v2"',
+    ],
+)
+def test_what_the_host_gives_runs(run: Callable[..., pytest.RunResult], text: str) -> None:
+    result = run(mark(text))
+    result.assert_outcomes(passed=1)
+
+
+def test_what_it_does_not_give_is_skipped_with_the_blockers(run: Callable[..., pytest.RunResult]) -> None:
+    result = run(mark('requires=["avx512f", "avx2", "movdir64b"]'))
+    result.assert_outcomes(skipped=1)
+    (line,) = (line for line in result.outlines if line.startswith("SKIPPED"))
+    assert "KVM cannot give it: " in line
+    told = line.partition("recorded-milan: ")[2]
+    features, _, because = told.partition(": ")
+    assert {"avx512f", "movdir64b"} <= set(features.split())
+    assert "avx2" not in features.split()  # it is there
+    assert because == "the CPU does not have it [silicon]"
+
+
+def test_strict_fails_with_the_blockers(run: Callable[..., pytest.RunResult]) -> None:
+    result = run(mark('requires=["movdir64b"]'), "--kvm-strict")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(
+        [
+            "movdir64b cannot be given on recorded-milan",
+            "*movdir64b (cpuid:0x7.0.ecx bit 28), wanted by the request: the CPU does not have it?[[]silicon]",
+        ]
+    )
+    assert "Traceback" not in result.stdout.str()
+    assert "pytest_plugin.py" not in result.stdout.str()  # the reason, not where it was found
+
+
+def test_what_is_enforced(run: Callable[..., pytest.RunResult], tmp_path: Path) -> None:
+    """Of a host whose KVM replaces a word of the contract, or that was not tried, the answer is no."""
+    document = Report.loads(RECORDED.read_bytes()).to_json()
+    cpuid = {word for word in document["offer"] if word.startswith(("cpuid:", "msr:"))}
+    for grades, outcome in (
+        (dict.fromkeys(cpuid, "honoured"), {"passed": 1}),
+        (dict.fromkeys(cpuid, "honoured") | {"cpuid:0x1.0.edx": "replaced"}, {"skipped": 1}),
+        ({}, {"skipped": 1}),
+    ):
+        report = tmp_path / "report.json"
+        changed = Report.from_json({**document, "enforcement": grades})
+        report.write_bytes(changed.canonical()[:-1] + b',"measured":{"host":"changed"}}')
+        run(mark("enforced=True"), report=report).assert_outcomes(**outcome)
+        run(mark("enforced=False"), report=report).assert_outcomes(passed=1)
+
+
+def test_marks_of_class_and_module_add_up(run: Callable[..., pytest.RunResult]) -> None:
+    source = """
+pytestmark = pytest.mark.kvm(requires=["avx2"])
+@pytest.mark.kvm(level="x86-64-v4")
+class TestAll:
+    @pytest.mark.kvm(level="x86-64-v2")  # the closest counts
+    def test_lower(self): pass
+    def test_level(self): pass
+    @pytest.mark.kvm(requires=["movdir64b"], level="x86-64-v2")
+    def test_feature(self): pass
+def test_module(): pass
+"""
+    run(source).assert_outcomes(passed=2, skipped=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('requires=["avxx2"]', "avxx2"),
+        ('level="x86-64-v9"', "x86-64-v9"),
+        ('requires="avx2"', "requires is a list of features"),
+        ('require=["avx2"]', "the mark kvm has no require"),
+        ('"avx2"', "the mark kvm has no 'avx2'"),
+        ("requires=[2]", "requires is a list of names"),
+        ("level=3", "level is a name"),
+        ('enforced="no"', "enforced is True or False"),
+    ],
+)
+def test_a_mark_that_makes_no_sense_fails(
+    run: Callable[..., pytest.RunResult], text: str, message: str
+) -> None:
+    """Skipping it would hide the mistake for ever."""
+    result = run(mark(text))
+    result.assert_outcomes(errors=1)
+    assert message in result.stdout.str()
+
+
+def test_a_test_of_another_architecture_is_skipped(run: Callable[..., pytest.RunResult]) -> None:
+    result = run(mark('requires=["sve"]'))
+    result.assert_outcomes(skipped=1)
+    assert "the guest is arm64, host recorded-milan is x86_64" in result.stdout.str()
+    run(mark('requires=["sve", "avx2"]')).assert_outcomes(errors=1)  # of no architecture
+
+
+def test_what_is_skipped_anyway_is_not_looked_at(run: Callable[..., pytest.RunResult]) -> None:
+    source = '@pytest.mark.skipif(True, reason="not today")\n' + mark('requires=["nonsense"]')
+    result = run(source)
+    result.assert_outcomes(skipped=1)
+    assert "not today" in result.stdout.str()
+
+
+# --- what the log and JUnit say
+
+
+def header(result: pytest.RunResult) -> list[str]:
+    return [line for line in result.outlines if line.startswith("kvm: ")]
+
+
+def test_the_log_names_the_host(run: Callable[..., pytest.RunResult]) -> None:
+    report = Report.loads(RECORDED.read_bytes())
+    first, second = header(run(mark('level="x86-64-v2"')))
+    assert first == f"kvm: recorded-milan, from {RECORDED}; Linux {report.combo['kernel']}; unverified"
+    assert second == f"kvm: {report.digest()}"
+
+
+def test_junit_names_the_host_for_comparison(run: Callable[..., pytest.RunResult], tmp_path: Path) -> None:
+    report = Report.loads(RECORDED.read_bytes())
+    file = tmp_path / "junit.xml"
+    run(mark('level="x86-64-v4"'), f"--junit-xml={file}").assert_outcomes(skipped=1)
+    suite = ElementTree.parse(file).getroot().find("testsuite")
+    assert suite is not None
+    found = {one.get("name"): one.get("value") for one in suite.iterfind("properties/property")}
+    assert found == {
+        "kvm-host": "recorded-milan",
+        "kvm-digest": report.digest(),
+        "kvm-kernel": report.combo["kernel"],
+        "kvm-grade": "unverified",
+    }
+    skipped = suite.find("testcase/skipped")
+    assert skipped is not None
+    assert "avx512f" in str(skipped.get("message"))
+
+
+def test_a_run_without_it_costs_and_says_nothing(
+    run: Callable[..., pytest.RunResult], tmp_path: Path
+) -> None:
+    """Not one module of kvmneg but the plugin is loaded, no report is read."""
+    source = """
+import sys
+def test_it():
+    assert sorted(name for name in sys.modules if name.startswith("kvmneg")) == ["kvmneg", "kvmneg.pytest_plugin"]
+"""
+    options = (f"--junit-xml={tmp_path / 'junit.xml'}",)
+    result = run(source, *options, report=tmp_path / "missing", alone=True)
+    result.assert_outcomes(passed=1)
+    assert header(result) == []
+    assert "property" not in (tmp_path / "junit.xml").read_text()
+
+
+def test_collecting_alone_measures_nothing(run: Callable[..., pytest.RunResult], tmp_path: Path) -> None:
+    result = run(mark('level="x86-64-v2"'), "--collect-only", report=tmp_path / "missing")
+    assert result.ret == pytest.ExitCode.OK
+    assert header(result) == []
+
+
+def test_a_report_that_is_none_fails_each_test(run: Callable[..., pytest.RunResult], tmp_path: Path) -> None:
+    (tmp_path / "report").write_text("{}")
+    result = run(mark('level="x86-64-v2"') + "def test_other(): pass", report=tmp_path / "report")
+    result.assert_outcomes(errors=1, passed=1)
+    assert "report" in header(result)[0]
+
+
+# --- where there is no KVM
+
+
+def test_without_kvm(run: Callable[..., pytest.RunResult], pytester: pytest.Pytester) -> None:
+    """Skipped, and strict: failed, with what is wrong with the device. In processes of their own: KVM is replaced."""
+    pytester.makeconftest(
+        """
+from kvmneg.errors import NoKvm
+from kvmneg.host.kvm import Kvm
+def gone(path="/dev/kvm"):
+    raise NoKvm("/dev/kvm is missing", hint="load it")
+Kvm.open = gone
+"""
+    )
+    for text in ("", 'level="x86-64-v2"'):
+        nowhere = f"--kvm-socket={pytester.path / 'nowhere'}"
+        result = run(mark(text), report=None, alone=True)
+        if not os.path.exists("/run/kvmneg/org.kvmneg"):
+            result.assert_outcomes(skipped=1)
+            result.stdout.fnmatch_lines(["SKIPPED*no usable KVM: /dev/kvm is missing"])
+            run(mark(text), "--kvm-strict", report=None, alone=True).assert_outcomes(errors=1)
+        if text:  # a daemon that was named and is not there is no reason to skip
+            run(mark(text), nowhere, report=None, alone=True).assert_outcomes(errors=1)
+
+
+# --- fixtures
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[str]:
+    """The socket of a kvmnegd that serves the recorded report."""
+    path = str(tmp_path / "run" / "org.kvmneg")
+    options = ("--socket", path, "--state", str(tmp_path / "state"), "--report", str(RECORDED))
+    process = subprocess.Popen([sys.executable, "-P", "-m", "kvmneg.service.daemon", *options])
+    try:
+        for _ in range(500):
+            assert process.poll() is None
+            try:
+                with Client(path) as client:
+                    client.get_info()
+                break
+            except Unreachable:
+                time.sleep(0.02)
+        yield path
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+HELD = """
+from pathlib import Path
+from kvmneg.client import Client
+from kvmneg.policy.contract import Contract
+@pytest.mark.kvm(requires=["avx2"], level="x86-64-v2")
+def test_it(kvm_contract, kvm_report):
+    held = kvm_contract.contract
+    print("DIGEST", held.digest, kvm_contract.vm or "-")
+    assert Contract.from_binary(Path(kvm_contract.path).read_bytes()).digest == held.digest
+    assert kvm_report.host == "recorded-milan"
+    if kvm_contract.vm:
+        with Client(SOCKET) as client:
+            assert client.get_contract(held.digest)["path"] == kvm_contract.path
+"""
+
+
+def held(result: pytest.RunResult) -> tuple[str, str]:
+    """(digest, VM) that HELD printed."""
+    (line,) = (line for line in result.outlines if "DIGEST" in line)
+    digest, vm = line.partition("DIGEST")[2].split()
+    return digest, vm
+
+
+def test_a_contract_without_a_daemon(run: Callable[..., pytest.RunResult]) -> None:
+    result = run(HELD, "-s")
+    result.assert_outcomes(passed=1)
+    assert held(result)[1] == "-"
+
+
+def test_a_contract_that_a_daemon_holds_until_the_test_ends(
+    run: Callable[..., pytest.RunResult], daemon: str
+) -> None:
+    """The same contract as without one; afterwards nobody holds it."""
+    result = run(f"SOCKET = {daemon!r}\n{HELD}", "-s", f"--kvm-socket={daemon}", report=None)
+    result.assert_outcomes(passed=1)
+    assert header(result)[0].startswith(f"kvm: recorded-milan, from kvmnegd on {daemon}; ")
+    digest, vm = held(result)
+    assert digest == held(run(HELD, "-s"))[0]
+    with Client(daemon) as client:
+        assert client.get_contract(digest)["path"] is None
+        with pytest.raises(Exception, match="holds no contract"):
+            client.end(vm)
+
+
+def test_the_fence_of_the_daemon_holds(run: Callable[..., pytest.RunResult], daemon: str) -> None:
+    with Client(daemon) as client:
+        client.fence_pin("for a test", source="level:x86-64-v2")
+    result = run(mark('requires=["avx2"]'), f"--kvm-socket={daemon}", report=None)
+    result.assert_outcomes(skipped=1)
+    assert "the pinned fence does not name it [fence]" in result.stdout.str()
+
+
+# --- the package
+
+
+def test_the_entry_point() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["entry-points"]["pytest11"] == {"kvmneg": "kvmneg.pytest_plugin"}
+
+
+# --- on this KVM
+
+
+@pytest.mark.kvm
+def test_measured_here(kvm_report: Report) -> None:
+    """Our own tests use it."""
+    from kvmneg.host.measure import measure
+
+    assert kvm_report.offer == measure().offer
+
+
+@pytest.mark.kvm
+def test_a_contract_of_this_host(kvm_contract: object) -> None:
+    path = Path(kvm_contract.path)  # type: ignore[attr-defined]
+    assert Contract.from_binary(path.read_bytes()).digest == kvm_contract.contract.digest  # type: ignore[attr-defined]
