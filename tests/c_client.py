@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TOP = Path(__file__).parent
-CLIENT = TOP.parent / "csrc/client"
+CSRC = TOP.parent / "csrc"
+CLIENT = CSRC / "client"
+LIBRARY = [CSRC / f"{name}.c" for name in ("contract", "contract-check", "sha256", "words", "system")]
+"""What it takes of libkvmneg: the reader of contracts."""
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +50,7 @@ def c_client(
     Built with the sanitizers: what leaks or is out of bounds fails the test, as does a descriptor left open.
     """
     sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
-    sources = (TOP / "ipc/client_driver.c", *sorted(CLIENT.glob("*.c")))
+    sources = (TOP / "ipc/client_driver.c", *sorted(CLIENT.glob("*.c")), *LIBRARY)
     driver = build_client(tmp_path_factory.mktemp("client") / "driver", *sanitizers, *sources)
 
     def call(socket: str | Path, *arguments: str | bytes, timeout: float = 20) -> dict[str, str]:

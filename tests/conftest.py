@@ -31,7 +31,6 @@ TOP = Path(__file__).parent
 sys.path.append(str(TOP.parent))  # behind everything: kvmneg stays the built one
 from tests import summary  # noqa: E402 - needs the line above
 
-pytest_plugins = ("tests.c_client",)
 MINIMUM_X86 = (
     "KVM_GET_API_VERSION", "KVM_CHECK_EXTENSION", "KVM_CREATE_VM", "KVM_CREATE_VCPU", "KVM_GET_SUPPORTED_CPUID",
     "KVM_SET_CPUID2",
@@ -48,7 +47,7 @@ MINIMUM_ARM64 = (
 _OWN = (
     () if any(one.name == "kvmneg" for one in entry_points(group="pytest11")) else ("kvmneg.pytest_plugin",)
 )
-pytest_plugins = ("pytester", *_OWN)
+pytest_plugins = ("pytester", "tests.c_client", *_OWN)
 
 _handles: list[Kvm] = []
 _skips: list[tuple[str, str]] = []

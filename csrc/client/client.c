@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The methods: what each asks, and which fields of a reply it needs. */
 
+#include <kvmneg.h>
 #include <limits.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -152,7 +154,7 @@ static int read_grant(const struct document *document, const char *digest, struc
         int r = digest_of(document, grant->digest);
 
         if (r == 0 && strcmp(grant->digest, digest) != 0)
-                r = -EBADMSG;
+                r = -EBADE;
         if (r == 0)
                 r = kvmneg_client_number(document, "generation", &grant->generation);
         if (r == 0)
@@ -167,8 +169,29 @@ static int read_grant(const struct document *document, const char *digest, struc
         return grant->path ? 0 : -ENOMEM;
 }
 
+/* The contract of a grant: the file under its path could be another's, so its own digest is compared. */
+static int open_contract(const struct kvmneg_grant *grant, struct kvmneg_contract **ret_contract) {
+        struct kvmneg_contract *contract = NULL;
+        struct kvmneg_contract_info info;
+        char hex[2 * sizeof(info.digest) + 1];
+        int r = kvmneg_contract_open(grant->path, &contract, NULL);
+
+        if (r < 0)
+                return r;
+        kvmneg_contract_describe(contract, &info);
+        for (size_t at = 0; at < sizeof(info.digest); at++)
+                snprintf(hex + 2 * at, 3, "%02x", info.digest[at]);
+        if (strcmp(grant->digest + sizeof("sha256:") - 1, hex) != 0) {
+                kvmneg_contract_free(contract);
+                return -EBADE;
+        }
+        *ret_contract = contract;
+        return 0;
+}
+
 int kvmneg_begin(const char *socket, const char *digest, const char *vm, int timeout_ms,
-                 struct kvmneg_grant **ret_grant, struct kvmneg_refusal **ret_refusal) {
+                 struct kvmneg_contract **ret_contract, struct kvmneg_grant **ret_grant,
+                 struct kvmneg_refusal **ret_refusal) {
         const char *const parameters[] = { "digest", digest, "vm", vm, NULL };
         struct kvmneg_grant *grant;
         struct document *document;
@@ -185,12 +208,13 @@ int kvmneg_begin(const char *socket, const char *digest, const char *vm, int tim
         r = grant ? read_grant(document, digest, grant) : -ENOMEM;
         kvmneg_client_document_free(document);
         free(reply.text);
-        if (r < 0) {
+        if (r == 0 && ret_contract)
+                r = open_contract(grant, ret_contract);
+        if (r == 0 && ret_grant)
+                *ret_grant = grant;
+        else
                 kvmneg_grant_free(grant);
-                return r;
-        }
-        *ret_grant = grant;
-        return 0;
+        return r;
 }
 
 /* A method that says one thing about a VM, and has nothing to hear. */

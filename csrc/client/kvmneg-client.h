@@ -90,14 +90,24 @@ struct kvmneg_grant {
 
 struct kvmneg_grant *kvmneg_grant_free(struct kvmneg_grant *grant);
 
+struct kvmneg_contract; /* kvmneg.h */
+
 /* Method Negotiate. `request` is the UTF-8 JSON of its parameters, {"request": {...}}. */
 int kvmneg_negotiate(const char *socket, const char *request, int timeout_ms, struct kvmneg_offer **ret_offer,
                      struct kvmneg_refusal **ret_refusal);
 
-/* Method Begin: takes the offer `digest` for the VM with the UUID `vm`. Calling it again is no error. -EBADMSG too
- * where the daemon grants another digest. */
+/*
+ * Method Begin: takes the offer `digest` for the VM with the UUID `vm`, and opens the file with its contract
+ * (kvmneg_contract_open(); release it with kvmneg_contract_free()). `ret_contract` may be NULL, then nothing is opened,
+ * and so may `ret_grant`. Calling it again is no error.
+ *   -EBADMSG     also where the file is no contract
+ *   -EBADE       the daemon grants another digest than it was asked for, or the file has another one
+ *   -ENOENT, -EACCES, ...  from open(2) too
+ * Where it fails after the daemon granted, the grant expires by itself; kvmneg_end() takes it back at once.
+ */
 int kvmneg_begin(const char *socket, const char *digest, const char *vm, int timeout_ms,
-                 struct kvmneg_grant **ret_grant, struct kvmneg_refusal **ret_refusal);
+                 struct kvmneg_contract **ret_contract, struct kvmneg_grant **ret_grant,
+                 struct kvmneg_refusal **ret_refusal);
 
 /* Method Started: the VM runs. */
 int kvmneg_started(const char *socket, const char *vm, int timeout_ms, struct kvmneg_refusal **ret_refusal);

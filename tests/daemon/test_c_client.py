@@ -50,7 +50,7 @@ def test_both_clients_get_the_same(
         grant = c_client(daemon.socket, "begin", given["digest"], VM)
         assert client.begin(offer["digest"], VM)["path"] == grant["path"]
     file = Path(grant["path"]).read_bytes()
-    assert file == Contract.from_json(offer["contract"]).binary()
+    assert file == Contract.from_json(offer["contract"]).binary() == bytes.fromhex(grant["contract"])
 
 
 def test_the_life_of_a_contract(daemon: Daemon, c_client: Callable[..., dict[str, str]]) -> None:

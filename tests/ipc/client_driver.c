@@ -15,6 +15,7 @@
 #include <sys/time.h>
 
 #include <kvmneg-client.h>
+#include <kvmneg.h>
 
 static void text(const char *name, const char *value) {
         printf("%s%c%s%c", name, 0, value, 0);
@@ -62,6 +63,18 @@ static void print_grant(struct kvmneg_grant *grant) {
         kvmneg_grant_free(grant);
 }
 
+static void print_contract(struct kvmneg_contract *contract) {
+        const unsigned char *bytes;
+        uint64_t size;
+
+        bytes = kvmneg_contract_bytes(contract, &size);
+        printf("contract%c", 0);
+        for (uint64_t at = 0; at < size; at++)
+                printf("%02x", bytes[at]);
+        putchar(0);
+        kvmneg_contract_free(contract);
+}
+
 static void print_refusal(struct kvmneg_refusal *refusal) {
         text("name", refusal->name);
         text("message", refusal->message);
@@ -81,6 +94,7 @@ int main(int argc, char **argv) {
         struct kvmneg_refusal *refusal = NULL;
         struct kvmneg_offer *offer = NULL;
         struct kvmneg_grant *grant = NULL;
+        struct kvmneg_contract *contract = NULL;
         int timeout = atoi(argv[2]), before = descriptors(), r = -ENOSYS;
 
         if (strncmp(method, "interrupted-", 12) == 0) {
@@ -92,7 +106,11 @@ int main(int argc, char **argv) {
         else if (strcmp(method, "quiet-negotiate") == 0)
                 r = kvmneg_negotiate(socket, first, timeout, &offer, NULL);
         else if (strcmp(method, "begin") == 0)
-                r = kvmneg_begin(socket, first, argument(argc, argv, 5), timeout, &grant, &refusal);
+                r = kvmneg_begin(socket, first, argument(argc, argv, 5), timeout, &contract, &grant, &refusal);
+        else if (strcmp(method, "begin-unopened") == 0)
+                r = kvmneg_begin(socket, first, argument(argc, argv, 5), timeout, NULL, &grant, &refusal);
+        else if (strcmp(method, "begin-only") == 0)
+                r = kvmneg_begin(socket, first, argument(argc, argv, 5), timeout, NULL, NULL, NULL);
         else if (strcmp(method, "started") == 0)
                 r = kvmneg_started(socket, first, timeout, &refusal);
         else if (strcmp(method, "end") == 0)
@@ -103,6 +121,8 @@ int main(int argc, char **argv) {
                 print_offer(offer);
         if (grant)
                 print_grant(grant);
+        if (contract)
+                print_contract(contract);
         if (refusal)
                 print_refusal(refusal);
         return 0;

@@ -17,12 +17,16 @@ import pytest
 
 from kvmneg import limits
 from kvmneg.client import Client
+from kvmneg.features.report import Report
+from kvmneg.policy.negotiation import negotiate
+from kvmneg.policy.request import Request
+from tests.c_client import CLIENT, LIBRARY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
-CLIENT = ROOT / "csrc" / "client"
+RECORDED = ROOT / "kvmneg/data/recorded-host.json"
 SOURCES = sorted(CLIENT.glob("*.c"))
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 VM = "3e4c2f6a-9d3b-4c1e-8a57-2f0d6b1c9e11"
@@ -117,9 +121,31 @@ def test_an_offer(script: Script, c_client: Callable[..., dict[str, str]]) -> No
 
 def test_a_grant(script: Script, c_client: Callable[..., dict[str, str]]) -> None:
     script.replies({"parameters": GRANT})
-    given = c_client(script.path, "begin", DIGEST, VM)
+    given = c_client(script.path, "begin-unopened", DIGEST, VM)
     assert (codes(given), given["path"], given["expires_in_seconds"]) == ("", "/run/x", "600")
     assert json.loads(script.calls[0].removesuffix(b"\0"))["parameters"] == {"digest": DIGEST, "vm": VM}
+    assert codes(c_client(script.path, "begin-only", DIGEST, VM)) == ""
+
+
+def test_the_contract_of_a_grant(
+    script: Script, c_client: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    """The file is opened and checked; one with another digest is not the one that was granted."""
+    binary = negotiate(Request(), Report.loads(RECORDED.read_bytes())).contract.binary()
+    digest, path = "sha256:" + binary[32:64].hex(), tmp_path / "contract"
+    path.write_bytes(binary)
+    script.replies({"parameters": GRANT | {"digest": digest, "path": str(path)}})
+    assert bytes.fromhex(c_client(script.path, "begin", digest, VM)["contract"]) == binary
+    for changed, code in ((binary[:-1], "EBADMSG"), (b"", "EBADMSG"), (None, "ENOENT")):
+        path.unlink()
+        if changed is not None:
+            path.write_bytes(changed)
+        assert codes(c_client(script.path, "begin", digest, VM)) == code
+        path.touch()
+    path.write_bytes(binary)
+    script.replies({"parameters": GRANT | {"path": str(path)}})
+    given = c_client(script.path, "begin", DIGEST, VM)
+    assert (codes(given), set(given)) == ("EBADE", {"r", "descriptors"})
 
 
 @pytest.mark.parametrize("method", ["started", "end"])
@@ -333,7 +359,8 @@ def test_a_grant_with_a_field_of_another_type(
 ) -> None:
     """A grant of another digest is none either: it would be another guest's."""
     script.replies({"parameters": GRANT | changed})
-    assert codes(c_client(script.path, "begin", DIGEST, VM)) == "EBADMSG"
+    expected = "EBADE" if changed.get("digest") else "EBADMSG"
+    assert codes(c_client(script.path, "begin", DIGEST, VM)) == expected
 
 
 def test_replies_at_the_limits(script: Script, c_client: Callable[..., dict[str, str]]) -> None:
@@ -431,6 +458,7 @@ def test_exports(tmp_path: Path, build_client: Callable[..., Path]) -> None:
         "-fPIC",
         f"-Wl,--version-script={CLIENT / 'libkvmneg-client.map'}",
         *SOURCES,
+        *LIBRARY,
     )
     listed = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout
     exported = {line.split()[-1] for line in listed.splitlines() if " T " in line}
