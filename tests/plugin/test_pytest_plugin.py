@@ -23,6 +23,8 @@ from kvmneg.policy.contract import Contract
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from kvmneg.testing.host import Held
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "kvmneg/data/recorded-host.json"
 # as in tests/conftest.py; not both ways, which pytest refuses
@@ -346,6 +348,30 @@ def test_measured_here(kvm_report: Report) -> None:
 
 
 @pytest.mark.kvm
-def test_a_contract_of_this_host(kvm_contract: object) -> None:
-    path = Path(kvm_contract.path)  # type: ignore[attr-defined]
-    assert Contract.from_binary(path.read_bytes()).digest == kvm_contract.contract.digest  # type: ignore[attr-defined]
+def test_a_contract_of_this_host(kvm_contract: Held) -> None:
+    path = Path(kvm_contract.path)
+    assert Contract.from_binary(path.read_bytes()).digest == kvm_contract.contract.digest
+
+
+@pytest.mark.kvm
+def test_a_vm_under_its_contract(run: Callable[..., pytest.RunResult], kvm_contract: Held) -> None:
+    """It holds every word, where KVM keeps to them; elsewhere no test gets a VM that does not."""
+    source = """
+@pytest.mark.kvm
+def test_it(kvm_vm, kvm_contract):
+    assert kvm_vm.contract.binary() == kvm_contract.contract.binary()
+    kvm_vm.contract.verify(kvm_vm.vcpu)
+"""
+    result = run(source, report=None)
+    if kvm_contract.contract.grade == "enforced":
+        result.assert_outcomes(passed=1)
+    else:
+        result.assert_outcomes(skipped=1)
+        assert "KVM does not keep to the contract: " in result.stdout.str()
+        run(source, "--kvm-strict", report=None).assert_outcomes(errors=1)
+
+
+def test_no_vm_for_another_hosts_report(run: Callable[..., pytest.RunResult]) -> None:
+    result = run(mark('level="x86-64-v2"').replace("test_it()", "test_it(kvm_vm)"))
+    result.assert_outcomes(skipped=1)
+    assert "another host's contract" in result.stdout.str()
