@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from kvmneg.features.report import Report
     from kvmneg.testing.host import Held, Host
     from kvmneg.testing.needs import Needs
+    from kvmneg.testing.vm import AppliedVm
 
 _MARK = (
     "kvm(requires=[], level=None, enforced=False): needs a usable KVM, on which a guest can have these features and "
     "this level, and, with enforced, sees what its contract says"
 )
-_FIXTURES = frozenset(("kvm_report", "kvm_contract"))
+_FIXTURES = frozenset(("kvm_report", "kvm_contract", "kvm_vm"))
 _host_key = pytest.StashKey["Host | KvmnegError"]()
 
 
@@ -152,14 +153,16 @@ def _usable() -> None:
 
 def _refuse(config: pytest.Config, error: KvmnegError) -> None:
     """Skip where the host is why; a mark that makes no sense, or a daemon that fails, is a failure."""
-    from kvmneg.errors import Blocked, NoKvm
+    from kvmneg.errors import Blocked, NoKvm, NotApplied
     from kvmneg.testing.needs import brief
 
-    if not isinstance(error, Blocked | NoKvm) or config.getoption("--kvm-strict"):
+    if not isinstance(error, Blocked | NoKvm | NotApplied) or config.getoption("--kvm-strict"):
         lines = [blocker.describe() for blocker in getattr(error, "blockers", ())]
         pytest.fail("\n  ".join([str(error), *lines]), pytrace=False)
     if isinstance(error, NoKvm):
         pytest.skip(f"no usable KVM: {error.message}")
+    if isinstance(error, NotApplied):
+        pytest.skip(f"KVM does not keep to the contract: {error.message}")
     pytest.skip(f"KVM cannot give it: {error.message}: {brief(error.blockers)}")
 
 
@@ -193,3 +196,23 @@ def kvm_contract(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hel
         raise
     with held:
         yield held
+
+
+@pytest.fixture
+def kvm_vm(kvm_contract: Held, pytestconfig: pytest.Config) -> Iterator[AppliedVm]:
+    """A VM with one vCPU, never run, to which the contract is applied: descriptors `vm` and `vcpu`.
+
+    Where KVM does not keep to it, the test is skipped; `enforced` in the mark says so beforehand.
+    """
+    from kvmneg.errors import KvmnegError
+    from kvmneg.testing.vm import AppliedVm
+
+    if pytestconfig.getoption("--kvm-report") is not None:
+        pytest.skip("another host's contract: --kvm-report only tells what would run")
+    try:
+        vm = AppliedVm(kvm_contract.path)
+    except KvmnegError as error:
+        _refuse(pytestconfig, error)
+        raise
+    with vm:
+        yield vm

@@ -234,6 +234,12 @@ class Kvm:
         self._call(lib.kvmneg_api_version, self.fd, version)
         return int(version[0])
 
+    def create_vm(self) -> int:
+        """KVM_CREATE_VM (api.rst 4.2): the descriptor of a new VM, which is the caller's."""
+        fd = ffi.new("int *")
+        self._call(lib.kvmneg_create_vm, self.fd, fd)
+        return int(fd[0])
+
     def scratch(self) -> _ScratchContext:
         """`with kvm.scratch() as scratch:` makes a VM and a vCPU that never run, and closes them."""
         return _ScratchContext(self)
