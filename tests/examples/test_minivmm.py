@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""examples/minivmm.c, built as a VMM's author builds it: alone in a folder, by pkg-config, against what was installed."""
+"""examples/minivmm.c, built as a VMM's author builds it: alone in a folder, by pkg-config, on what was installed."""
 
 from __future__ import annotations
 
