@@ -2,6 +2,7 @@
 """The manual pages tell every command, option, error and JSON field, and render without errors."""
 
 import argparse
+import math
 import re
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ from kvmneg import errors, limits
 from kvmneg.cli import COMMANDS, arguments
 
 MAN = Path(__file__).parents[2] / "man"
-PAGES = ("kvmneg.1", "kvmnegd.8", "libkvmneg.3")
+PAGES = ("kvmneg.1", "kvmnegd.8", "libkvmneg.3", "libkvmneg-client.3")
+CLIENT = MAN.parent / "csrc" / "client"
 
 
 def source(page: str) -> str:
@@ -112,6 +114,24 @@ def test_every_exit_code_is_on_the_page() -> None:
 def test_the_limits_on_the_page_are_the_limits(number: int) -> None:
     told = source("kvmnegd.8").partition("# LIMITS")[2].partition("\n# ")[0]
     assert re.search(rf"(?<!\d){number}(?!\d)", told)
+
+
+def test_every_function_limit_and_error_of_the_c_client_is_on_its_page() -> None:
+    header = (CLIENT / "kvmneg-client.h").read_text("utf-8")
+    page = source("libkvmneg-client.3")
+    synopsis, _, told = page.partition("# DESCRIPTION")
+    functions = set(re.findall(r"\b(kvmneg_\w+)\(", header)) - {
+        "kvmneg_contract_open",
+        "kvmneg_contract_free",
+    }
+    assert {f"{function}(" for function in functions} == set(re.findall(r"kvmneg_\w+\(", synopsis))
+    limits_of = dict(re.findall(r"(KVMNEG_CLIENT_\w+_MAX) = ([\d *]+),", header))
+    assert len(limits_of) == 4
+    for name, value in limits_of.items():
+        number = math.prod(map(int, value.split("*")))
+        shown = {64 * 1024: "64 KiB", 1024 * 1024: "1 MiB"}.get(number, str(number))
+        assert re.search(rf"\*{name}\*,\s+{shown}\b", told), name
+    assert set(re.findall(r"-E[A-Z]+\b", header)) == set(re.findall(r"-E[A-Z]+\b", told))
 
 
 @pytest.mark.parametrize("page", PAGES)
