@@ -21,10 +21,7 @@ from kvmneg.host.software import Roots
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [
-    pytest.mark.kvm,
-    pytest.mark.usefixtures("real_kvm"),
-]
+pytestmark = pytest.mark.kvm
 
 
 @pytest.fixture

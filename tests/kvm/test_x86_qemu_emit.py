@@ -4,10 +4,9 @@
 import pytest
 
 from kvmneg.emit import qemu
-from kvmneg.errors import Blocked, VmmFault
+from kvmneg.errors import VmmFault
 from kvmneg.features.report import Report
 from kvmneg.host import qemu_probe
-from kvmneg.host.measure import measure
 from kvmneg.host.qemu_probe import Build
 from kvmneg.policy.negotiation import negotiate
 from kvmneg.policy.request import Request
@@ -21,14 +20,6 @@ def build() -> Build:
     return qemu_probe.probe(path)
 
 
-@pytest.fixture
-def report(real_kvm: None) -> Report:
-    found = measure()
-    if found.architecture != "x86_64":
-        pytest.skip("processor flags are x86's")
-    return found
-
-
 def test_the_build_says_what_it_knows(build: Build) -> None:
     assert {"fpu", "enforce", "phys-bits"} <= build.properties
     assert build.machine.startswith("pc-q35-")
@@ -36,22 +27,23 @@ def test_the_build_says_what_it_knows(build: Build) -> None:
     assert newest[:1] == tuple(map(int, build.version.split(".")))[:1]
 
 
+@pytest.mark.kvm(level="x86-64-v1")  # less gives no guest a start
 @pytest.mark.parametrize("request_", [Request(level="x86-64-v1"), Request(maximum=True)], ids=["v1", "max"])
-def test_qemu_starts_with_a_contract_of_this_host(build: Build, report: Report, request_: Request) -> None:
-    try:
-        contract = negotiate(request_, report).contract
-    except Blocked as no:
-        pytest.skip(f"no usable KVM: it gives no guest a start: {no.message}")
-    emitted = qemu.emit(contract, build.machine, known=build.properties, host=report.offer)
+def test_qemu_starts_with_a_contract_of_this_host(
+    build: Build, kvm_report: Report, request_: Request
+) -> None:
+    contract = negotiate(request_, kvm_report).contract
+    emitted = qemu.emit(contract, build.machine, known=build.properties, host=kvm_report.offer)
     assert qemu_probe.start_paused(build.path, emitted.arguments) == "prelaunch"
 
 
-def test_qemu_refuses_what_the_host_does_not_offer(build: Build, report: Report) -> None:
+@pytest.mark.kvm(level="x86-64-v1")
+def test_qemu_refuses_what_the_host_does_not_offer(build: Build, kvm_report: Report) -> None:
     """Without this the test above could pass on a QEMU that drops features in silence."""
     lacking = [
         name
         for name in ("avx512-4fmaps", "xop", "fma4", "tbm", "3dnow")
-        if name in build.properties and not report.offer.field(name)
+        if name in build.properties and not kvm_report.offer.field(name)
     ]
     assert lacking, "no CPU has all of them"
     with pytest.raises(VmmFault, match="doesn't support requested feature"):
