@@ -88,10 +88,16 @@ class Host:
         return grade.of(self.report.offer, self.report)
 
     def properties(self) -> Mapping[str, str]:
-        """What two runs are compared by, for logs and JUnit: the same digest is the same offer on the same software."""
+        """What two runs are compared by, for logs and JUnit.
+
+        The same kvm-offer: KVM gives guests the same. The same kvm-combo: by the same software on the same machine.
+        kvm-digest is the daemon's hostDigest, the whole report's, which is another after each boot.
+        """
         return {
             "kvm-host": self.report.host,
             "kvm-digest": self.report.digest(),
+            "kvm-offer": self.report.offer.digest(),
+            "kvm-combo": self.report.combo_digest(),
             "kvm-kernel": str(self.report.combo.get("kernel", "")),
             "kvm-grade": self.grade,
         }

@@ -33,8 +33,11 @@ def run(host: Host, *words: str, extra: Callable[[], dict[str, bytes]] = dict) -
 
 
 def test_kvm_suite(qemu_host: Host, summary_parts: list[Part]) -> None:
-    """All of tests/kvm that needs a KVM passes there, on that kernel, and made the ioctls that it must."""
-    found = run(qemu_host, "-m", "kvm", "tests/kvm")
+    """All of tests/kvm that needs a KVM passes there, on that kernel, and made the ioctls that it must.
+
+    So does what our pytest plugin gives to others' tests: a contract, and a VM that keeps it.
+    """
+    found = run(qemu_host, "-m", "kvm", "tests/kvm", "tests/plugin")
     assert found.part is not None, found.tail()
     summary_parts.append(found.part)
     assert found.result.status == 0, found.tail()
