@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TOP = Path(__file__).parent
 CSRC = TOP.parent / "csrc"
-CLIENT = CSRC / "client"
+CLIENT = TOP.parent / "client"
 LIBRARY = [CSRC / f"{name}.c" for name in ("contract", "contract-check", "sha256", "words", "system")]
 """What it takes of libkvmneg: the reader of contracts."""
 
@@ -32,7 +32,7 @@ def build_client() -> Callable[..., Path]:
         found = subprocess.run(asked, capture_output=True, text=True, check=False)
         if found.returncode:
             pytest.skip("libjson-c-dev is not installed")
-        flags = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-I", CLIENT, "-I", CLIENT.parent)
+        flags = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-I", CLIENT, "-I", CSRC)
         command = ["gcc", *flags, *arguments, *found.stdout.split(), "-o", output]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

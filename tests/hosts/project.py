@@ -81,7 +81,6 @@ def extension(architecture: str) -> Path:
     """The extension, cross-compiled as csrc/meson.build builds it; a second, once for each state of csrc/."""
     foreign = _FOREIGN[architecture]
     sources = [path for path in sorted(CSRC.rglob("*.[cS]")) if not path.name.startswith(foreign)]
-    sources = [path for path in sources if path.parent.name != "client"]  # another library, with json-c
     compiler = f"{MACHINES[architecture]}-linux-gnu-gcc"
     if not shutil.which(compiler):
         raise HostError("build", f"{compiler} is not installed")

@@ -17,7 +17,7 @@ from kvmneg.cli import COMMANDS, arguments
 
 MAN = Path(__file__).parents[2] / "man"
 PAGES = ("kvmneg.1", "kvmnegd.8", "libkvmneg.3", "libkvmneg-client.3")
-CLIENT = MAN.parent / "csrc" / "client"
+CLIENT = MAN.parent / "client"
 
 
 def source(page: str) -> str:
