@@ -45,10 +45,6 @@ _VMX = 1 << 5  # of CPUID leaf 1 ECX
 _EVERY_32 = (1 << 32) - 1
 # MSR_IA32_MCG_CAP, which is no feature MSR
 _MCG_CAP = "msr:0x179"
-# KVM says the same to both vendors and gives an AMD guest only the banks and MCG_CTL (svm_setup_mce in
-# arch/x86/kvm/svm/svm.c: bits 63:9 are reserved); EBX of leaf 0: "Auth", "Hygo"
-_MCG_CAP_AMD = 0x1FF
-_AMD = (0x68747541, 0x6F677948)
 TOLERANCE_PPM = 250  # tsc_tolerance_ppm of Linux arch/x86/kvm/x86.c where nobody set it
 
 _Row = tuple[str, str, str, str]  # the words of EAX, EBX, ECX, EDX; "" for one that is not kept
@@ -154,8 +150,6 @@ class Decoder:
         found.update(self.capabilities(probe.capabilities))
         if probe.mce_cap is not None:
             found[_MCG_CAP] = probe.mce_cap | found.get("kvm:mce", 0) & 0xFF
-            if found["cpuid:0x0.0.ebx"] in _AMD:
-                found[_MCG_CAP] &= _MCG_CAP_AMD
         if probe.tsc is not None:
             found["tsc:khz"] = tsc_rates(*probe.tsc, tolerance_ppm)
         self._add_state(found, probe)
