@@ -115,7 +115,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def _unlisted_skips() -> list[tuple[str, str]]:
     lines = (TOP / "allowed-skips.txt").read_text("utf-8").splitlines()
     allowed = [line for line in lines if line.strip() and not line.startswith("#")]
-    if summary.VARIABLE in os.environ:  # an emulated host has no compiler, and a VMM only where one is brought
+    # an emulated host has no compiler, and a VMM only where one is brought
+    if summary.VARIABLE in os.environ:
         allowed += ["gcc is not installed", "qemu-system-x86_64 is not installed"]
     return [
         (node, why) for node, why in _skips if not any(fnmatch.fnmatch(why, pattern) for pattern in allowed)

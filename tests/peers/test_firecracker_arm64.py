@@ -71,12 +71,15 @@ def test_n1_can_go_back_from_6_18_to_6_1_under_a_fence() -> None:
 
 
 def test_n1_cannot_go_back_from_6_1_to_5_10() -> None:
-    """5.10 shows profiling, a newer debug version and a PMU, and takes nothing else; it knows no bitmaps."""
+    """5.10 shows profiling, a newer debug version and a PMU, and takes nothing else.
+
+    It knows no bitmaps: TRNG and the vendor's calls came after it, so 0 there is what 5.10 is, but stolen time it has
+    offered to every guest since 5.10 itself, so a guest that was not told must not go. OSLSR is 8 until a debugger.
+    """
     answer = rollback.judge(n1("6.1"), n1("5.10"))
     assert answer.fence is None
     assert {blocker.feature for blocker in answer.blockers} == {
-        "aa64dfr0-debugver", "aa64dfr0-pmuver", "aa64dfr0-pmsver", "dfr0-perfmon", "arm64:0x603000000013808c",
-        "arm64:0x6030000000160000", "arm64:0x6030000000160001", "arm64:0x6030000000160002",
+        "aa64dfr0-debugver", "aa64dfr0-pmuver", "aa64dfr0-pmsver", "dfr0-perfmon", "arm64:0x6030000000160001",
     }  # fmt: skip
 
 
