@@ -15,6 +15,7 @@ from kvmneg import limits
 from kvmneg.errors import BadInput
 from kvmneg.features import catalog, sanity, words
 from kvmneg.features.featureset import FeatureSet
+from kvmneg.sha import sha256
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -148,8 +149,6 @@ class Report:
 
     def digest(self) -> str:
         """SHA-256 of `canonical`: two measurements with the same outcome have the same digest."""
-        from hashlib import sha256  # 4 ms at import: not for every reader of a report
-
         return "sha256:" + sha256(self.canonical()).hexdigest()
 
     def combo_digest(self) -> str:
@@ -196,8 +195,6 @@ def combo_digest(combo: Mapping[str, Any]) -> str:
 
     Equal digests mean the same software on the same machine, in this boot or another.
     """
-    from hashlib import sha256  # 4 ms at import: not for every reader of a report
-
     lasting = {name: value for name, value in combo.items() if name != "boot"}
     return "sha256:" + sha256(json.dumps(lasting, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

@@ -162,7 +162,7 @@ def _look_up(path: str) -> dict[str, Any] | None:
 
 
 def _digest(path: str) -> str:
-    from hashlib import sha256  # 4 ms at import
+    from hashlib import sha256  # 4 ms at import, and the fastest for files
 
     digest = sha256()
     with open(path, "rb") as file:

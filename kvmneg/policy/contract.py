@@ -35,7 +35,6 @@ limits.CONTRACT_ENTRIES. csrc/contract-check.c reads the same.
 from __future__ import annotations
 
 import struct
-from hashlib import sha256
 from itertools import pairwise
 
 from kvmneg import limits
@@ -47,6 +46,7 @@ from kvmneg.features.featureset import FeatureSet
 from kvmneg.policy import contract_arm64 as arm64
 from kvmneg.policy import contract_json as json_view
 from kvmneg.policy.scope import scope
+from kvmneg.sha import sha256
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from kvmneg.features import rules, words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits
 from kvmneg.policy import rates
+from kvmneg.sha import sha256
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,8 +57,6 @@ class Fence:
     def digest(self) -> str:
         if not self.registers:
             return self.granted.digest()
-        from hashlib import sha256  # 4 ms at import
-
         return (
             "sha256:"
             + sha256("\n".join([self.granted.digest(), *_registers(self.registers)]).encode()).hexdigest()
