@@ -67,7 +67,7 @@ def known(cache: str) -> dict[str, Kept]:
             document = json.loads(file.read(limits.REPORT_BYTES))
         rows = document["combos"].items() if document["format"] == FORMAT else ()
         found = {digest: Kept.from_json(row) for digest, row in rows}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
     return {digest: kept for digest, kept in found.items() if kept is not None}
 

@@ -66,7 +66,9 @@ def _bounded(report: Report, fence: Fence | None, offer: FeatureSet) -> FeatureS
         from kvmneg.policy import levelling  # see unreachable
 
         return levelling.bounded(offer, fence.granted, met)
-    return met
+    from kvmneg.policy import nested  # only where there is a fence
+
+    return nested.movable(met, fence.granted, offer)
 
 
 def unreachable(granted: FeatureSet, report: Report, wanted_by: str) -> list[Blocker]:
@@ -87,6 +89,10 @@ def below(report: Report, fence: Fence) -> tuple[Blocker, ...]:
         from kvmneg.policy import vmm as vmms  # most fences name nothing that only a VMM gives
 
         found = fence.unmet(vmms.reach(report), missing_on=where, measured=raw)
+    if fence.registers:
+        from kvmneg.policy import portable  # arm64's only
+
+        found += portable.unlisted(fence.registers, report)
     return found
 
 
@@ -138,11 +144,13 @@ def _answer(
             from kvmneg.policy import vmm_arm64  # as in _through
 
             blockers += vmm_arm64.unset(granted, seen, wanted_by, blockers)
+            if fence and fence.registers:
+                blockers += vmm_arm64.stuck(seen, report, fence.registers)
     if request.tsc_khz and (unpinned := rates.refusal(request.tsc_khz, top, host, fence, "the request")):
         blockers.append(unpinned)
     if blockers:
         count = f"{len(blockers)} of the required features" if len(blockers) > 1 else blockers[0].feature
-        raise Blocked(f"{count} cannot be given on {report.host}", _sorted(blockers))
+        raise Blocked(f"{count} cannot be given on {report.host}", reasons.in_order(blockers))
     unkept = grade.blockers(granted, report) if request.require_enforced else []
     if unkept:
         raise Blocked(
@@ -156,7 +164,7 @@ def _answer(
     not_granted = [reasons.missing(feature, wants, granted, host, fence, seen=seen) for feature in absent]
     pinned = (fence.generation, fence.digest) if fence else (0, "")
     contract = Contract(granted, pinned, grade.of(granted, report), **_carried(granted, report, fence))
-    return Answer(contract, tuple(_sorted(not_granted)))
+    return Answer(contract, tuple(reasons.in_order(not_granted)))
 
 
 def _carried(granted: FeatureSet, report: Report, fence: Fence | None) -> dict[str, Any]:
@@ -178,19 +186,21 @@ def check(contract: Contract, report: Report, vmm: str | None = None) -> tuple[B
     seen = _through(report, vmm)
     there = (seen.report if seen else report).accepting()
     found = fits(contract.granted, there.offer, missing_on=f"host {report.host}")
+    if contract.granted.architecture != report.architecture:
+        return found  # which says just that
     blockers = [
         reasons.unfit(blocker, there, "the contract", seen)
         for blocker in found
         if not rates.carried_unknown(blocker.word, there.offer_words)
     ]
     if seen is not None:
-        blockers = _sorted([*blockers, *_refused(contract.granted, seen, "the contract")])
+        blockers = reasons.in_order([*blockers, *_refused(contract.granted, seen, "the contract")])
     blockers += unreachable(contract.granted, there, "the contract")
     if contract.portable:
         from kvmneg.policy import portable  # arm64's only
 
         blockers += portable.unknown(contract.portable, there, seen)
-    return (*coverage.blockers(report), *_sorted(blockers))
+    return (*coverage.blockers(report), *reasons.in_order(blockers))
 
 
 def _invariant(host: Report, measured: Report) -> Report:
@@ -216,12 +226,6 @@ def check_request(request: Request, report: Report, fence: Fence | None = None) 
     seen = _through(report, request.vmm)
     there = report.accepting()
     return _answer(request, there, fence, seen, seen.report.accepting() if seen else there)
-
-
-def _sorted(blockers: Iterable[Blocker]) -> list[Blocker]:
-    return sorted(
-        blockers, key=lambda blocker: (words.order(blocker.word), blocker.bit or 0, blocker.feature)
-    )
 
 
 class _Wanted:

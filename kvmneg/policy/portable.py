@@ -136,15 +136,23 @@ def unknown(rules: Iterable[Entry], target: Report, vmm: Through | None = None) 
     return found
 
 
+def unlisted(carried: Iterable[int], host: Report) -> tuple[Blocker, ...]:
+    """The registers that a fence says every member lists and this host does not; none where its list is unknown."""
+    lost = sorted(set(carried) - set(host.registers)) if host.registers else ()
+    where, because = f"host {host.host}", f"{host.host} does not know this register"
+    addresses = map(words.register_word, lost)
+    return tuple(Blocker(word, word, None, "the fence", where, "kvm", because) for word in addresses)
+
+
 def _obstacle(rule: Entry, target: Report) -> str:
     """Why a register that a target does not list cannot be left out on the way there, "" where it can."""
     if rule.register in _ANSWERED:
         from kvmneg.policy.kernels import numbers  # with tables, which most answers do without
 
-        if numbers(str(target.combo.get("kernel") or "")) >= _ANSWERED[rule.register]:
-            return (
-                f"{target.host} does not know this register, and answers the calls behind it to every guest"
-            )
+        release = numbers(str(target.combo.get("kernel") or ""))
+        if not release or release >= _ANSWERED[rule.register]:
+            does = "answers" if release else "may answer"
+            return f"{target.host} does not know this register, and {does} the calls behind it to every guest"
     if rule.rule in (CARRY, REFUSE):
         return f"{target.host} does not know this register, and nothing says that it may be dropped"
     return ""

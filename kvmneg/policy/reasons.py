@@ -17,13 +17,22 @@ from kvmneg.policy.contract import binding_mask
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from kvmneg.features.catalog import Feature
     from kvmneg.features.featureset import FeatureSet
     from kvmneg.features.report import Report
     from kvmneg.policy.fence import Fence
     from kvmneg.policy.vmm import Through
+
+
+def in_order(blockers: Iterable[Blocker]) -> list[Blocker]:
+    """Blockers in the order of addresses; those of a whole host or architecture, which have no word, come first."""
+    return sorted(
+        blockers,
+        key=lambda one: (words.order(one.word) if one.word else (-1, 0, 0, ""), one.bit or 0, one.feature),
+    )
+
 
 # Parameters of KVM's modules that hold something back: (parameter, its values that do, what).
 # What ends in a dot or begins with msr: is the beginning of words' addresses. Linux arch/x86/kvm: x86.c, vmx/vmx.c,

@@ -17,7 +17,7 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits, meet
-from kvmneg.policy import coverage, pool, portable
+from kvmneg.policy import coverage, pool, portable, rates, reasons
 from kvmneg.policy.fence import Fence
 from kvmneg.policy.kernels import numbers
 from kvmneg.policy.scope import unmeasured
@@ -39,8 +39,9 @@ _ELSE = (
     "back ends, VFIO, guests that run nested guests"
 )
 _X86 = (
-    "judged: what the reports offer, feature by feature",
-    "not judged: state (the MSR list, XSAVE components beyond the features, nested state), which no report holds yet",
+    "judged: what the reports offer, feature by feature, and the classes of state that both name",
+    "not judged: state that one of the reports does not name, XSAVE components that an older kernel saves besides the "
+    "guest's",
 )
 _ARM64 = (
     "judged: ID and firmware registers, hypercalls, vCPU features, capabilities, what both kernels let be set"
@@ -85,7 +86,12 @@ def judge(new: Report, old: Report, vmm: str | None = None) -> Answer:
     if met.conflicts:
         blockers += pool.conflicting(met.conflicts, (new, old))
     unasked = _unasked(new.offer)
-    unfenced = list(fits(unasked, old.accept, missing_on=f"host {old.host}"))
+    measured = old.accepting().offer_words
+    unfenced = [
+        blocker
+        for blocker in fits(unasked, old.accept, missing_on=f"host {old.host}")
+        if not rates.carried_unknown(blocker.word, measured)
+    ]
     dropped: tuple[Entry, ...] = ()
     granted = met
     if new.architecture == words.ARM64:
@@ -107,7 +113,9 @@ def judge(new: Report, old: Report, vmm: str | None = None) -> Answer:
     blockers = [blocker._replace(wanted_by=_FENCED) for blocker in blockers]
     unfenced = [blocker._replace(wanted_by=_UNFENCED) for blocker in unfenced]
     fence = None if blockers else Fence(granted, registers=portable.common((new, old)))
-    return Answer(fence, _sorted(blockers), _sorted(unfenced), dropped, _scope(new, old))
+    return Answer(
+        fence, tuple(reasons.in_order(blockers)), tuple(reasons.in_order(unfenced)), dropped, _scope(new, old)
+    )
 
 
 def forward(new: Report, old: Report) -> bool:
@@ -127,6 +135,7 @@ def _through(report: Report, vmm: str | None) -> Through | None:
 def _unasked(offer: FeatureSet) -> FeatureSet:
     """What a guest gets that asks for nothing by name."""
     values = dict(offer.words)
+    values.pop(rates.WORD, None)  # nobody pinned a rate
     for feature in catalogs.names(offer.architecture).by_name.values():
         if feature.withheld and feature.word in values:
             values[feature.word] &= ~feature.mask
@@ -140,14 +149,6 @@ def _rules(new: Report, old: Report, granted: FeatureSet) -> tuple[Entry, ...]:
 def _without(entry: Entry) -> Entry:
     """The rule of a register for a guest that nobody made a contract for: nothing says what may be dropped."""
     return portable.Entry(entry.register, portable.REFUSE, 0)
-
-
-def _sorted(blockers: list[Blocker]) -> tuple[Blocker, ...]:
-    return tuple(
-        sorted(
-            blockers, key=lambda one: (words.order(one.word) if one.word else (-1, 0, 0, ""), one.bit or 0)
-        )
-    )
 
 
 def _scope(new: Report, old: Report) -> tuple[str, ...]:

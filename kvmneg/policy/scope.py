@@ -24,6 +24,7 @@ SCOPE_ARM64 = (
     "not judged: machine type and device state of another VMM build, ROM sizes, vhost-user and vDPA back "
     "ends, VFIO, the counter's frequency, values of state registers",
 )
+_MIDR = "arm64:0x603000000013c000"
 _NAMED = 4  # hosts of one kernel in a line
 _FENCES = (", and the pinned fence", " and the pinned fence")
 
@@ -34,13 +35,25 @@ def scope(fenced: bool, architecture: str = words.X86_64, report: Report | None 
     `report` is of the host that was judged: on arm64 it may not say what can be set there.
     """
     whole = SCOPE_ARM64 if architecture == words.ARM64 else SCOPE
-    looked_up = unmeasured([report]) if report else []
+    looked_up = [*unmeasured([report]), *_unlisted(report)] if report else []
     if fenced:
         return [*whole, *looked_up]
     judged, *rest = whole
     for fence in _FENCES:
         judged = judged.removesuffix(fence)
     return [judged, *rest[:-1], f"{rest[-1]}, any fence", *looked_up]
+
+
+def _unlisted(report: Report) -> list[str]:
+    """arm64: what this report leaves out, as an import or as a host of several kinds of cores does."""
+    if report.architecture != words.ARM64:
+        return []
+    lines = []
+    if not report.registers:
+        lines.append(f"not judged: which registers {report.host} lists; its report does not say")
+    if _MIDR not in report.offer_words:
+        lines.append("not judged: which kinds of cores another host has; MIDR_EL1 is of one kind")
+    return lines
 
 
 def unmeasured(reports: Iterable[Report]) -> list[str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvmneg.features.catalog import Feature
+    from kvmneg.features.report import Report
     from kvmneg.policy.vmm import Through
 
 INIT = "arm:vcpu-features"
@@ -80,6 +81,20 @@ def leaves_out(seen: Through) -> frozenset[int] | None:
         return None
     rows = (row for row in seen.arm64.get("leaves_out", ()) if _since(row, seen.version))
     return frozenset(words.parse_register(register) for row in rows for register in row["registers"])
+
+
+def stuck(seen: Through, host: Report, carried: Iterable[int]) -> list[Blocker]:
+    """Registers of this host that not every member of the fence lists, and that this VMM cannot leave out.
+
+    A guest that is started with one could never move within its fence.
+    """
+    lost = leaves_out(seen)
+    if lost is None:
+        return []
+    because = f"not every host of the fence knows this register, and {seen.title} cannot leave it out"
+    addresses = map(words.register_word, sorted(set(host.registers) - set(carried) - lost))
+    where = f"host {host.host}"
+    return [Blocker(word, word, None, "the fence", where, "vmm", because) for word in addresses]
 
 
 def _since(row: Mapping[str, Any], version: str) -> bool:

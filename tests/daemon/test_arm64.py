@@ -139,7 +139,12 @@ def test_a_vmm_that_cannot_set_registers_is_named(new: Daemon, fence: Fence) -> 
         call(new, "Negotiate", request={"vmm": "qemu-10.2"})
     assert {blocker.cause for blocker in no.value.blockers} == {"vmm"}
     assert "psci-version" in {blocker.feature for blocker in no.value.blockers}
-    assert call(new, "Negotiate", request={"vmm": "firecracker"})["digest"]
+    with pytest.raises(Blocked, match="cannot be given") as no:
+        call(new, "Negotiate", request={"vmm": "firecracker"})
+    assert {blocker.feature.partition(":")[0] for blocker in no.value.blockers} == {"arm64"}, (
+        "registers alone"
+    )
+    assert call(new, "Negotiate", request={"vmm": "generic"})["digest"]
 
 
 def test_an_imported_report_says_where_settable_fields_are_from(tmp_path: Path) -> None:
