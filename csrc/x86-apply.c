@@ -170,9 +170,10 @@ int kvmneg_vm_apply(const struct kvmneg_contract *contract, int vm_fd, const str
 
 /* KVM without scaling takes a rate above its own, and lets the guest's clock jump to keep up: that is none. */
 static bool reaches(int vm_fd, uint32_t khz, uint32_t host, struct kvmneg_trace *trace) {
-        uint64_t apart = khz > host ? khz - host : host - khz;
+        uint64_t least = (uint64_t) host * (1000000 - TSC_TOLERANCE_PPM) / 1000000; /* rounded as kvm_set_tsc_khz does */
+        uint64_t most = (uint64_t) host * (1000000 + TSC_TOLERANCE_PPM) / 1000000;
 
-        return apart * 1000000 <= (uint64_t) host * TSC_TOLERANCE_PPM || has(vm_fd, KVM_CAP_TSC_CONTROL, trace);
+        return (khz >= least && khz <= most) || has(vm_fd, KVM_CAP_TSC_CONTROL, trace);
 }
 
 int kvmneg_vcpu_init(const struct kvmneg_contract *contract, int vm_fd, int vcpu_fd, struct kvmneg_failure *failure,

@@ -97,7 +97,7 @@ static const unsigned char guest[] = {
 static bool of_guest(struct word *word) {
         char name;
 
-        if (sscanf(word->bound.word, "cpuid:0x%" SCNx32 ".%" SCNx32 ".e%cx", &word->leaf, &word->subleaf, &name) != 3)
+        if (sscanf(word->bound.word, "cpuid:0x%" SCNx32 ".%" SCNu32 ".e%cx", &word->leaf, &word->subleaf, &name) != 3)
                 return false;
         word->place = (unsigned) name - 'a';
         return word->place < 4;

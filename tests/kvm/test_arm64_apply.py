@@ -223,6 +223,8 @@ def test_sve_lengths(kvm: Kvm, found: Facts) -> None:
         assert vcpu.get(SVE_VLS) == 1
         apply_vcpu(vcpu.fd, [Register(SVE_VLS, 1, EVERY)])
         assert fault(apply_vcpu, vcpu.fd, [Register(SVE_VLS, 3, EVERY)])["why"] == "differs"
+        # the same bytes again, as at a guest's reset: the vCPU is final already, and as asked
+        init_vcpu(vm.fd, vcpu.fd, PSCI_0_2 | SVE, [Register(SVE_VLS, 1, EVERY)])
         late = fault(init_vcpu, vm.fd, vcpu.fd, PSCI_0_2 | SVE, [Register(SVE_VLS, 3, EVERY)])
         assert (late["why"], late["errno"]) == ("too late", errno.EPERM)
 
