@@ -40,6 +40,7 @@ KVMS_OWN = {
     "cpuid:0x7.0.ecx": 1 << 4,  # OSPKE follows CR4
     "cpuid:0xd.0.ebx": _EVERY_32,  # size of the XSAVE area for what is in XCR0
     "cpuid:0xd.1.ebx": _EVERY_32,  # the compacted size
+    "cpuid:0x12.1.ecx": 0b11,  # x87 and SSE of enclaves, where the leaf is there (Linux 5.13 to 6.3)
     "cpuid:0x40000001.0.eax": 1 << 7,  # PV_UNHALT goes where HLT does not exit
 }
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvmneg.features import catalog, rules, words
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
-from kvmneg.host import measure
+from kvmneg.host import enforcement, measure
 from kvmneg.host.apply import Applied
 from kvmneg.host.capabilities import NAMES
 from kvmneg.host.kvm import CpuidEntry
@@ -203,3 +203,16 @@ def test_capabilities_are_the_catalogues() -> None:
     assert found == expected
     assert all(field.rule == "minimum" for word in expected for field in known[f"kvm:{word}"].fields)
     assert not any(known[f"kvm:{word}"].or_mask for word in expected)
+
+
+def test_what_is_kvms_own_is_the_same_in_c_and_in_python() -> None:
+    """csrc/x86-clamp.c, kvm_bits, and enforcement.KVMS_OWN: what KVM writes into a guest's CPUID by itself."""
+    source = (ROOT / "csrc" / "x86-clamp.c").read_text("utf-8")
+    table = source.split("kvm_bits[] = {")[1].split("};")[0]
+    rows = re.findall(r"\{ (0x[0-9a-f]+), (\d+), (E[A-D]X), (0x[0-9a-f]+|UINT32_MAX) \}", table)
+    found = {
+        f"cpuid:{leaf}.{subleaf}.{register.lower()}": 0xFFFF_FFFF if mask == "UINT32_MAX" else int(mask, 16)
+        for leaf, subleaf, register, mask in rows
+    }
+    assert len(found) == table.count("{ 0x")
+    assert found == enforcement.KVMS_OWN
