@@ -42,7 +42,7 @@ def ceiling(report: Report, fence: Fence | None, vmm: str | None = None) -> Feat
     Raises Breached, naming each feature, where the host offers less than the fence promises, and Blocked where not
     all kinds of its CPUs were measured (kvmneg.policy.coverage).
     """
-    seen = _through(report, vmm)
+    seen = through(report, vmm)
     return _bounded(report, fence, (seen.report if seen else report).offer)
 
 
@@ -96,7 +96,7 @@ def below(report: Report, fence: Fence) -> tuple[Blocker, ...]:
     return found
 
 
-def _through(report: Report, vmm: str | None) -> Through | None:
+def through(report: Report, vmm: str | None) -> Through | None:
     """The host as a VMM's guests see it, None where none is named."""
     if vmm is None:
         return None
@@ -112,7 +112,7 @@ def negotiate(request: Request, report: Report, fence: Fence | None = None) -> A
     the order of addresses; or the contract must be enforced and is not), UsageError (an unknown feature, level
     or VMM, a feature that cannot be asked for, or one without what it is built on).
     """
-    seen = _through(report, request.vmm)
+    seen = through(report, request.vmm)
     return _answer(request, report, fence, seen, seen.report if seen else report)
 
 
@@ -141,7 +141,7 @@ def _answer(
     if seen is not None:
         blockers += _refused(granted, seen, wanted_by)
         if seen.arm64:
-            from kvmneg.policy import vmm_arm64  # as in _through
+            from kvmneg.policy import vmm_arm64  # as in through
 
             blockers += vmm_arm64.unset(granted, seen, wanted_by, blockers)
             if fence and fence.registers:
@@ -183,7 +183,7 @@ def check(contract: Contract, report: Report, vmm: str | None = None) -> tuple[B
 
     With a VMM, what KVM accepts and it does not is a reason too. Raises UsageError for a VMM of another name.
     """
-    seen = _through(report, vmm)
+    seen = through(report, vmm)
     there = (seen.report if seen else report).accepting()
     found = fits(contract.granted, there.offer, missing_on=f"host {report.host}")
     if contract.granted.architecture != report.architecture:
@@ -205,7 +205,7 @@ def check(contract: Contract, report: Report, vmm: str | None = None) -> tuple[B
 
 def _invariant(host: Report, measured: Report) -> Report:
     """A VMM's view for a guest whose TSC is pinned: with the invariant TSC, where the host has it."""
-    from kvmneg.policy import vmm as vmms  # as in _through
+    from kvmneg.policy import vmm as vmms  # as in through
 
     return vmms.with_bit(
         host, rates.INVARIANT_WORD, measured.offer_words.get(rates.INVARIANT_WORD, 0) & rates.INVARIANT_BIT
@@ -213,7 +213,7 @@ def _invariant(host: Report, measured: Report) -> Report:
 
 
 def _refused(granted: FeatureSet, seen: Through, wanted_by: str) -> list[Blocker]:
-    from kvmneg.policy import vmm as vmms  # as in _through
+    from kvmneg.policy import vmm as vmms  # as in through
 
     return vmms.refused(granted, seen, wanted_by)
 
@@ -223,7 +223,7 @@ def check_request(request: Request, report: Report, fence: Fence | None = None) 
 
     Nothing is kept. Raises as `negotiate` does.
     """
-    seen = _through(report, request.vmm)
+    seen = through(report, request.vmm)
     there = report.accepting()
     return _answer(request, there, fence, seen, seen.report.accepting() if seen else there)
 

@@ -17,7 +17,7 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits, meet
-from kvmneg.policy import coverage, pool, portable, rates, reasons
+from kvmneg.policy import coverage, negotiation, pool, portable, rates, reasons
 from kvmneg.policy.fence import Fence
 from kvmneg.policy.kernels import numbers
 from kvmneg.policy.scope import unmeasured
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from kvmneg.features.report import Report
     from kvmneg.policy.portable import Entry
-    from kvmneg.policy.vmm import Through
 
 # who wants what stands in the way, for people
 _FENCED, _UNFENCED = "the way back", "a guest without the fence"
@@ -103,7 +102,7 @@ def judge(new: Report, old: Report, vmm: str | None = None) -> Answer:
         unfenced += levelling.unreachable(unasked, old, _UNFENCED)
         rules = _rules(new, old, granted)
         dropped = tuple(one for one in rules if one.rule in (portable.DROP_IF, portable.DROP_IF_TIMER_OFF))
-        seen = _through(new, vmm)
+        seen = negotiation.through(new, vmm)
         if seen is not None:
             from kvmneg.policy import vmm_arm64  # as above
 
@@ -122,14 +121,6 @@ def forward(new: Report, old: Report) -> bool:
     """Whether `old` has the newer kernel of both: then the answer is about the way forward."""
     ours, theirs = (numbers(str(report.combo.get("kernel") or "")) for report in (new, old))
     return bool(ours and theirs) and ours < theirs
-
-
-def _through(report: Report, vmm: str | None) -> Through | None:
-    if vmm is None:
-        return None
-    from kvmneg.policy import vmm as vmms  # only where one is named
-
-    return vmms.through(report, vmm)
 
 
 def _unasked(offer: FeatureSet) -> FeatureSet:
