@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from kvmneg.cli import files
     from kvmneg.errors import Incompatible
     from kvmneg.policy import pool, portable
-    from kvmneg.policy.fence import Fence
+    from kvmneg.policy.fence_text import Fence
 
     reports = [files.report(path) for path in arguments.reports]
     try:
@@ -66,7 +66,7 @@ def _document(arguments: argparse.Namespace, reports: Sequence[Report], met: Fea
     from kvmneg.cli.host import flagged
     from kvmneg.features import words
     from kvmneg.policy import pool, portable
-    from kvmneg.policy.fence import Fence
+    from kvmneg.policy.fence_text import Fence
 
     hosts = [
         {"host": report.host, "file": path, "vendor": report.identity.get("vendor")}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvmneg.cli.arguments import Parser
     from kvmneg.features.catalog import Feature, Names
     from kvmneg.features.report import Report
-    from kvmneg.policy.fence import Fence
+    from kvmneg.policy.fence_text import Fence
     from kvmneg.policy.reasons import Standing
     from kvmneg.policy.vmm import Change
 
@@ -155,7 +155,7 @@ def _here(arguments: argparse.Namespace) -> tuple[Report | None, Fence | None]:
     fence = None
     if arguments.fence:
         from kvmneg.cli import files
-        from kvmneg.policy.fence import Fence
+        from kvmneg.policy.fence_text import Fence
 
         fence = Fence(files.document(arguments.fence).granted, generation=0)
     if arguments.report:
@@ -186,7 +186,7 @@ def _daemons_fence(arguments: argparse.Namespace) -> Fence | None:
         return None
     if not answer.get("pinned"):
         return None
-    from kvmneg.policy.fence import Fence
+    from kvmneg.policy.fence_text import Fence
 
     return Fence.parse(answer["text"], generation=answer["generation"], file="the daemon's fence")
 

@@ -90,7 +90,7 @@ def _source(source: str) -> tuple[str | None, str | None]:
     if source in _NAMED or source.startswith(_PREFIXED):
         return source, None
     from kvmneg.cli import files
-    from kvmneg.policy.fence import Fence
+    from kvmneg.policy.fence_text import Fence
 
     found = files.document(source)
     if found.fence is not None:

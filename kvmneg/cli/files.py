@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvmneg.features.report import Report
     from kvmneg.policy.contract import Contract
-    from kvmneg.policy.fence import Fence
+    from kvmneg.policy.fence_text import Fence
 
 _HINTS = {
     errno.ENOENT: "is the name right?",
@@ -93,7 +93,7 @@ def document(path: str) -> Document:
         return Document(path, contract=binary_contract(data, path))
     if data.lstrip()[:1] in (b"{", b"["):
         return _json_document(data, path)
-    from kvmneg.policy.fence import Fence
+    from kvmneg.policy.fence_text import Fence
 
     return Document(path, fence=Fence.parse(fence_text(data, path), file=path))
 

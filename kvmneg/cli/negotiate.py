@@ -96,7 +96,7 @@ def _from_report(arguments: argparse.Namespace) -> Offer:
     from kvmneg.cli import files
     from kvmneg.errors import Blocked
     from kvmneg.policy import negotiation
-    from kvmneg.policy.fence import Fence
+    from kvmneg.policy.fence_text import Fence
     from kvmneg.policy.scope import scope
 
     request = options_of.request_of(arguments)

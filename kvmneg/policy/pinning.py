@@ -8,7 +8,7 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.features.featureset import FeatureSet, fits
 from kvmneg.policy import coverage, definitions, negotiation, pool, reasons
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
 
 TYPE_CHECKING = False

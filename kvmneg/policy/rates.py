@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from kvmneg.features.featureset import FeatureSet
     from kvmneg.features.report import Report
-    from kvmneg.policy.fence import Fence
+    from kvmneg.policy.fence_text import Fence
 
 WORD = "tsc:khz"
 FEATURE = "tsc-khz"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvmneg.features.catalog import Feature
     from kvmneg.features.featureset import FeatureSet
     from kvmneg.features.report import Report
-    from kvmneg.policy.fence import Fence
+    from kvmneg.policy.fence_text import Fence
     from kvmneg.policy.vmm import Through
 
 

@@ -18,7 +18,7 @@ from kvmneg.features import words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits, meet
 from kvmneg.policy import coverage, negotiation, pool, portable, rates, reasons
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.kernels import numbers
 from kvmneg.policy.scope import unmeasured
 

@@ -67,7 +67,7 @@ def serve(arguments: Options) -> None:
 
 
 def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
-    from kvmneg.policy.fence import Fence
+    from kvmneg.policy.fence_text import Fence
     from kvmneg.service.contracts import ContractFiles
     from kvmneg.service.node import Node
     from kvmneg.service.router import Router

@@ -23,7 +23,7 @@ from kvmneg.errors import (
 from kvmneg.features.featureset import fits
 from kvmneg.policy import coverage, grade, negotiation, pinning
 from kvmneg.policy.contract import Contract
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.service.authorization import is_admin
 from kvmneg.service.shares import Shares
 from kvmneg.store.interface import Audit, Grant

@@ -14,66 +14,9 @@ import sqlite3
 from kvmneg.errors import StoreError
 from kvmneg.store import statedir
 from kvmneg.store.faults import is_damage, translated
+from kvmneg.store.migrations import MIGRATIONS
 
 APPLICATION_ID = 0x6B766D6E  # "kvmn", in the file's header: file(1) and SQLite see whose it is
-
-# MIGRATIONS[n] brings version n to n + 1, in one transaction; a released one is never changed.
-#
-# The fence is the newest row of its own history: pinning is one insert, so that fence, generation and audit
-# record cannot part, and generations have no gap and no way back.
-MIGRATIONS = (
-    """
-    CREATE TABLE fence_history (
-        generation INTEGER PRIMARY KEY,
-        action     TEXT NOT NULL CHECK (action IN ('pin', 'unpin')),
-        digest     TEXT NOT NULL,
-        text       TEXT CHECK ((action = 'pin') = (text IS NOT NULL)),
-        at         TEXT NOT NULL,
-        uid        INTEGER NOT NULL,
-        pid        INTEGER NOT NULL,
-        process    TEXT NOT NULL,
-        reason     TEXT NOT NULL
-    );
-    CREATE TRIGGER fence_history_next BEFORE INSERT ON fence_history
-        WHEN NEW.generation <> (SELECT COALESCE(MAX(generation), 0) + 1 FROM fence_history)
-        BEGIN SELECT RAISE(ABORT, 'generations of the fence go up one by one'); END;
-    CREATE TRIGGER fence_history_update BEFORE UPDATE ON fence_history
-        BEGIN SELECT RAISE(ABORT, 'the history of the fence is never rewritten'); END;
-    CREATE TRIGGER fence_history_delete BEFORE DELETE ON fence_history
-        BEGIN SELECT RAISE(ABORT, 'the history of the fence is never rewritten'); END;
-
-    CREATE TABLE contracts (
-        digest TEXT PRIMARY KEY CHECK (length(digest) = 64 AND digest NOT GLOB '*[^0-9a-f]*'),
-        body   BLOB NOT NULL
-    );
-    CREATE TABLE grants (
-        id         INTEGER PRIMARY KEY,
-        vm         TEXT NOT NULL,
-        digest     TEXT NOT NULL REFERENCES contracts (digest),
-        generation INTEGER NOT NULL,
-        uid        INTEGER NOT NULL,
-        pid        INTEGER NOT NULL,
-        begun_at   TEXT NOT NULL,
-        deadline   REAL NOT NULL,
-        state      TEXT NOT NULL CHECK (state IN ('begun', 'started', 'ended', 'expired')),
-        finished   INTEGER -- the order of finishing
-            CHECK ((state IN ('ended', 'expired')) = (finished IS NOT NULL))
-    );
-    CREATE UNIQUE INDEX grants_held ON grants (vm) WHERE finished IS NULL;
-    CREATE INDEX grants_by_uid ON grants (uid) WHERE finished IS NULL;
-    CREATE INDEX grants_due ON grants (deadline) WHERE state = 'begun';
-    CREATE INDEX grants_finished ON grants (finished) WHERE finished IS NOT NULL;
-    CREATE INDEX grants_by_contract ON grants (digest);
-
-    CREATE TABLE reports (
-        digest       TEXT PRIMARY KEY,
-        combo_digest TEXT NOT NULL,
-        at           TEXT NOT NULL,
-        body         BLOB NOT NULL,
-        seen         INTEGER NOT NULL UNIQUE -- order of recording: a clock may go back
-    );
-    """,
-)
 
 
 class Damage(sqlite3.DatabaseError):

@@ -8,7 +8,6 @@ is one transaction and one sync of the disk. The connection belongs to the threa
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 
 from kvmneg import limits
 from kvmneg.errors import GenerationMismatch, KvmnegError, NotPinned, StoreError
@@ -16,10 +15,12 @@ from kvmneg.store import grants, statedir
 from kvmneg.store.faults import translated
 from kvmneg.store.interface import FenceRow, HistoryRow, ReportRow
 from kvmneg.store.schema import open_database
+from kvmneg.store.transactions import Database
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from sqlite3 import Connection
     from typing import Any
 
@@ -38,7 +39,7 @@ class SqliteStore:
     not readable (schema.open_database).
     """
 
-    __slots__ = ("_connection", "_directory", "_lock", "_verify")
+    __slots__ = ("_database", "_directory", "_lock", "_verify")
 
     def __init__(self, directory: str, *, verify: Callable[[str], str] | None = None) -> None:
         self._directory = directory
@@ -46,7 +47,7 @@ class SqliteStore:
         statedir.prepare(directory)
         self._lock = statedir.lock(directory)
         try:
-            self._connection = open_database(directory)
+            self._database = Database(open_database(directory), directory)
         except BaseException:
             os.close(self._lock)
             raise
@@ -64,28 +65,15 @@ class SqliteStore:
             return
         try:
             with translated(self._directory, "close the store"):
-                self._connection.close()  # moves the log into the database
+                self._database.connection.close()  # moves the log into the database
         finally:
             os.close(descriptor)
 
-    @contextmanager
-    def _reading(self, doing: str) -> Iterator[Connection]:
-        with translated(self._directory, doing):
-            yield self._connection
+    def _reading(self, doing: str) -> AbstractContextManager[Connection]:
+        return self._database.reading(doing)
 
-    @contextmanager
-    def _changing(self, doing: str) -> Iterator[Connection]:
-        """One write transaction: committed and synced at the end, undone by any exception."""
-        connection = self._connection
-        with translated(self._directory, doing):
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:  # a full disk makes SQLite undo it by itself
-                    connection.execute("ROLLBACK")
-                raise
+    def _changing(self, doing: str) -> AbstractContextManager[Connection]:
+        return self._database.changing(doing)
 
     # The fence
 

@@ -16,7 +16,7 @@ import pytest
 from kvmneg.errors import Blocked, UsageError
 from kvmneg.policy import rollback
 from kvmneg.policy.contract import Contract
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 
 from .conftest import Daemon
 

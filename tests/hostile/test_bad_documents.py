@@ -16,7 +16,7 @@ from kvmneg import limits
 from kvmneg.errors import BadInput
 from kvmneg.features.report import Report, parse_json
 from kvmneg.policy.contract import Contract
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 
 DATA = Path(__file__).parents[1] / "unit" / "data" / "intel-ice-lake.json"
 BYTES = DATA.read_bytes()

@@ -15,7 +15,7 @@ import pytest
 
 from kvmneg.features.report import Report
 from kvmneg.policy import negotiation, rollback
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
 from tests.hosts import catalogue, project, start
 from tests.hosts.job import Job

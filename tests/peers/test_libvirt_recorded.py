@@ -32,7 +32,7 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
 from kvmneg.features.featureset import FeatureSet, meet_all
 from kvmneg.policy import pool
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 
 HERE = Path(__file__).parent
 

@@ -16,7 +16,7 @@ from kvmneg.errors import KvmFault, NoKvm, NotPermitted, StoreError
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
 from kvmneg.policy.contract import Contract
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 
 Capture = pytest.CaptureFixture[str]
 

@@ -16,7 +16,7 @@ import kvmneg
 from kvmneg import cli
 from kvmneg.client import Client
 from kvmneg.errors import Unreachable
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 
 Capture = pytest.CaptureFixture[str]
 RECORDED = str(Path(kvmneg.__file__).parent / "data" / "recorded-host.json")

@@ -18,7 +18,7 @@ from kvmneg.errors import BadInput
 from kvmneg.features import rules, words
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.policy.contract import GRADES, Contract, binding_mask
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.negotiation import negotiate
 from kvmneg.policy.request import Request
 from kvmneg.policy.scope import SCOPE

@@ -14,7 +14,7 @@ from kvmneg.errors import BadInput
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.policy import contract_arm64, negotiation, pool, portable
 from kvmneg.policy.contract import Contract
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.portable import Entry
 from kvmneg.policy.request import Request
 

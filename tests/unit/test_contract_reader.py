@@ -24,7 +24,7 @@ from kvmneg.features.report import Report
 from kvmneg.host.apply import Applied
 from kvmneg.policy import negotiation, pool
 from kvmneg.policy.contract import Contract
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
 
 if TYPE_CHECKING:

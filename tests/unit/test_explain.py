@@ -14,7 +14,7 @@ from kvmneg import cli
 from kvmneg.cli import explain
 from kvmneg.errors import UsageError
 from kvmneg.features.report import Report
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 
 Capture = pytest.CaptureFixture[str]
 DATA = Path(__file__).parent / "data"

@@ -13,7 +13,7 @@ from strategies import AMD, ARCHITECTURE, CATALOG, INTEL, WORDS, feature_sets
 from kvmneg import limits
 from kvmneg.errors import BadInput, Incompatible
 from kvmneg.features.featureset import FeatureSet, meet
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 
 if TYPE_CHECKING:
     from kvmneg.features.report import Report

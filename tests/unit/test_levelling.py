@@ -10,7 +10,7 @@ from kvmneg.errors import Blocked, Incompatible, UsageError
 from kvmneg.features.featureset import FeatureSet, meet_all
 from kvmneg.features.report import Report
 from kvmneg.policy import levelling, negotiation, pinning, pool, portable
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
 
 MAX = Request(maximum=True)

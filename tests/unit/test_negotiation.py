@@ -17,7 +17,7 @@ from kvmneg.features.featureset import FeatureSet, fits, meet
 from kvmneg.features.report import Report
 from kvmneg.policy import definitions, negotiation, pinning, pool, vmm
 from kvmneg.policy.contract import Contract
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.negotiation import check, check_request, negotiate
 from kvmneg.policy.request import Request
 

@@ -11,7 +11,7 @@ from kvmneg.errors import Blocked, Breached
 from kvmneg.features.featureset import meet_all
 from kvmneg.features.report import Report
 from kvmneg.policy import negotiation, portable, rollback
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
 
 HOSTS = Path(__file__).resolve().parents[1] / "data" / "hosts"

@@ -13,7 +13,7 @@ from kvmneg.errors import BadInput, Blocked, Breached, UsageError
 from kvmneg.features.report import Report
 from kvmneg.policy import pinning, pool
 from kvmneg.policy.contract import Contract
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.negotiation import below, check, negotiate
 from kvmneg.policy.request import Request
 

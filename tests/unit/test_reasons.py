@@ -15,7 +15,7 @@ from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
 from kvmneg.host import software
 from kvmneg.policy import kernels, reasons, vmm
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 
 PLAIN: dict[str, int] = {"cpuid:0x0.0.eax": 0x20, "cpuid:0x80000000.0.eax": 0x80000021}
 

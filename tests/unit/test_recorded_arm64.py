@@ -17,7 +17,7 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features.featureset import fits, meet_all
 from kvmneg.features.report import Report
 from kvmneg.policy import levelling, negotiation, pool, rollback
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
 
 FOLDER = Path(__file__).parents[1] / "data/hosts"

@@ -13,7 +13,7 @@ from kvmneg import limits
 from kvmneg.errors import BadInput
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.negotiation import negotiate
 from kvmneg.policy.request import Request
 

@@ -15,7 +15,7 @@ from kvmneg.errors import UsageError
 from kvmneg.features.featureset import meet
 from kvmneg.features.report import Report
 from kvmneg.policy import rollback
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 
 
 def test_n1_can_go_back_from_6_18_to_6_1_under_a_fence() -> None:

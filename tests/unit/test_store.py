@@ -63,11 +63,11 @@ def synced_commits(store: SqliteStore, call: Callable[[], object]) -> int:
         nonlocal commits
         commits += statement == "COMMIT"
 
-    before = store._connection.total_changes
-    store._connection.set_trace_callback(count)
+    before = store._database.connection.total_changes
+    store._database.connection.set_trace_callback(count)
     call()
-    store._connection.set_trace_callback(None)
-    return commits if store._connection.total_changes > before else 0
+    store._database.connection.set_trace_callback(None)
+    return commits if store._database.connection.total_changes > before else 0
 
 
 # The state directory and the schema
@@ -79,7 +79,7 @@ def test_a_new_state_directory_is_private_and_durable(store: SqliteStore, state:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
     def pragma(name: str) -> object:
-        return store._connection.execute(f"PRAGMA {name}").fetchone()[0]
+        return store._database.connection.execute(f"PRAGMA {name}").fetchone()[0]
 
     assert pragma("journal_mode") == "wal"
     assert pragma("synchronous") == 2  # FULL
@@ -131,9 +131,13 @@ def test_the_ladder_takes_each_missing_step_whole_or_not(state: str, monkeypatch
             SqliteStore(state)
     monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, step, "CREATE TABLE more (y)"))
     with SqliteStore(state) as store:
-        assert store._connection.execute("PRAGMA user_version").fetchone() == (len(schema.MIGRATIONS),)
-        assert store._connection.execute("SELECT x FROM later").fetchall() == [(7,)]  # that step ran once
-        assert store._connection.execute("SELECT y FROM more").fetchall() == []
+        assert store._database.connection.execute("PRAGMA user_version").fetchone() == (
+            len(schema.MIGRATIONS),
+        )
+        assert store._database.connection.execute("SELECT x FROM later").fetchall() == [
+            (7,)
+        ]  # that step ran once
+        assert store._database.connection.execute("SELECT y FROM more").fetchall() == []
         fence = store.fence()
     assert fence is not None
     assert fence.text == "old"
@@ -212,14 +216,14 @@ def test_words_that_utf8_cannot_hold_do_not_stop_a_pin(store: SqliteStore) -> No
 def test_history_is_never_rewritten(store: SqliteStore, statement: str) -> None:
     pin(store, "one")
     with pytest.raises(sqlite3.IntegrityError, match="never rewritten"):
-        store._connection.execute(statement)
+        store._database.connection.execute(statement)
 
 
 def test_a_generation_is_never_left_out(store: SqliteStore) -> None:
     pin(store, "one")
     for generation in (1, 3):
         with pytest.raises(sqlite3.IntegrityError):
-            store._connection.execute(
+            store._database.connection.execute(
                 "INSERT OR REPLACE INTO fence_history VALUES (?, 'pin', 'd', 't', 'at', 0, 0, 'p', 'r')",
                 (generation,),
             )
@@ -323,7 +327,7 @@ def test_finished_grants_do_not_fill_the_disk(store: SqliteStore, monkeypatch: p
     kept = [store.contract(f"{number:064x}") is not None for number in range(5)]
     assert kept == [False, False, False, True, True]
     assert store.contracts_outstanding() == [("f" * 64, b"held throughout")]
-    assert store._connection.execute("SELECT COUNT(*) FROM grants").fetchone() == (3,)
+    assert store._database.connection.execute("SELECT COUNT(*) FROM grants").fetchone() == (3,)
 
 
 def test_the_indexes_serve_the_limits_and_the_clock(store: SqliteStore) -> None:
@@ -335,7 +339,7 @@ def test_the_indexes_serve_the_limits_and_the_clock(store: SqliteStore) -> None:
         ("SELECT MAX(deadline) FROM grants WHERE state = 'begun'", "grants_due"),
         ("SELECT MAX(finished) FROM grants WHERE finished IS NOT NULL", "grants_finished"),
     ):
-        plan = str(store._connection.execute(f"EXPLAIN QUERY PLAN {query}").fetchall())
+        plan = str(store._database.connection.execute(f"EXPLAIN QUERY PLAN {query}").fetchall())
         assert index in plan, query
 
 

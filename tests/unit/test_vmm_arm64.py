@@ -12,7 +12,7 @@ from kvmneg.features.report import Report
 from kvmneg.host import qemu_probe
 from kvmneg.policy import definitions, negotiation, portable, rollback, vmm, vmm_arm64
 from kvmneg.policy.contract import Contract
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
 
 TCR2, PIRE0, PIR = 0x6030_0000_0013_C103, 0x6030_0000_0013_C512, 0x6030_0000_0013_C513

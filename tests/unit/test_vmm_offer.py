@@ -16,7 +16,7 @@ from kvmneg.errors import Blocked, UsageError
 from kvmneg.features.featureset import FeatureSet, fits
 from kvmneg.features.report import Report
 from kvmneg.policy import definitions, vmm
-from kvmneg.policy.fence import Fence
+from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.negotiation import ceiling, check, check_request, negotiate
 from kvmneg.policy.request import Request
 
