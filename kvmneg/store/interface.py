@@ -8,7 +8,7 @@ in UTC; times that are compared are seconds since 1970 (float).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,6 +54,20 @@ class HistoryRow(NamedTuple):
     reason: str
     digest: str
     process: str
+
+
+class AuditRow(NamedTuple):
+    """One row of the audit (kvmneg.store.audit): its number, what was done, who did it and why, what came of it."""
+
+    id: int
+    generation: int
+    action: str
+    at: str
+    uid: int
+    pid: int
+    process: str
+    reason: str
+    detail: dict[str, Any]
 
 
 class Grant(NamedTuple):
@@ -113,6 +127,9 @@ if TYPE_CHECKING:
 
         def history(self, limit: int) -> list[HistoryRow]:
             """The last `limit` changes of the fence, newest first."""
+
+        def audit(self, limit: int, *, before: int | None = None) -> list[AuditRow]:
+            """The last `limit` rows of the audit, newest first; with `before` those below that number."""
 
         def begin(self, grant: Grant, contract_bytes: bytes) -> Grant:
             """Grant a contract to a VM, and keep both; the state it begins with is 'begun'.

@@ -58,4 +58,26 @@ CREATE TABLE reports (
 );
 """
 
-MIGRATIONS = (_FENCE_AND_GRANTS,)
+# What changes the fence, its proposals, roll-back sets and leases: kvmneg.store.audit.
+_AUDIT = """
+CREATE TABLE audit (
+    id         INTEGER PRIMARY KEY,
+    generation INTEGER NOT NULL, -- of the fence, once the change was made
+    action     TEXT NOT NULL CHECK (action <> ''),
+    at         TEXT NOT NULL,
+    uid        INTEGER NOT NULL,
+    pid        INTEGER NOT NULL,
+    process    TEXT NOT NULL,
+    reason     TEXT NOT NULL,
+    detail     TEXT NOT NULL -- JSON, an object
+);
+CREATE TRIGGER audit_next BEFORE INSERT ON audit
+    WHEN NEW.id <> (SELECT COALESCE(MAX(id), 0) + 1 FROM audit)
+    BEGIN SELECT RAISE(ABORT, 'the audit has no gaps'); END;
+CREATE TRIGGER audit_update BEFORE UPDATE ON audit
+    BEGIN SELECT RAISE(ABORT, 'the audit is never rewritten'); END;
+CREATE TRIGGER audit_delete BEFORE DELETE ON audit
+    BEGIN SELECT RAISE(ABORT, 'the audit is never rewritten'); END;
+"""
+
+MIGRATIONS = (_FENCE_AND_GRANTS, _AUDIT)

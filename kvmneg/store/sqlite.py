@@ -11,7 +11,9 @@ import os
 
 from kvmneg import limits
 from kvmneg.errors import GenerationMismatch, KvmnegError, NotPinned, StoreError
+from kvmneg.store import audit as audits
 from kvmneg.store import grants, statedir
+from kvmneg.store.audit import storable
 from kvmneg.store.faults import translated
 from kvmneg.store.interface import FenceRow, HistoryRow, ReportRow
 from kvmneg.store.schema import open_database
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from sqlite3 import Connection
     from typing import Any
 
-    from kvmneg.store.interface import Audit, FenceAction, Grant, Store
+    from kvmneg.store.interface import Audit, AuditRow, FenceAction, Grant, Store
 
 _FENCE = "generation, digest, text, at, uid, pid, reason"
 _HISTORY = "action, generation, at, uid, pid, reason, digest, process"
@@ -122,7 +124,8 @@ class SqliteStore:
         with self._changing("pin the fence") as connection:
             generation = _expect(connection, expected_generation) + 1
             _append(connection, generation, "pin", (digest, text), audit)
-        reason = _storable(audit.reason)
+            audits.append(connection, "pin", generation, audit, {"digest": digest})
+        reason = storable(audit.reason)
         return FenceRow(generation, digest, text, audit.at, audit.uid, audit.pid, reason)
 
     def unpin(self, *, expected_generation: int | None, audit: Audit) -> int:
@@ -132,12 +135,17 @@ class SqliteStore:
             if row is None or row[2] is None:
                 raise NotPinned("no fence is pinned")
             _append(connection, generation, "unpin", (row[1], None), audit)
+            audits.append(connection, "unpin", generation, audit, {"digest": row[1]})
         return generation
 
     def history(self, limit: int) -> list[HistoryRow]:
         with self._reading("read the fence's history") as connection:
             query = f"SELECT {_HISTORY} FROM fence_history ORDER BY generation DESC LIMIT ?"
             return [HistoryRow(*row) for row in connection.execute(query, (max(0, limit),))]
+
+    def audit(self, limit: int, *, before: int | None = None) -> list[AuditRow]:
+        with self._reading("read the audit") as connection:
+            return audits.rows(connection, limit, before=before)
 
     # Contracts and grants
 
@@ -251,17 +259,12 @@ def _append(
     connection: Connection, generation: int, action: FenceAction, fence: tuple[str, str | None], audit: Audit
 ) -> None:
     """Write the next row of the history; `fence` is its digest and text."""
-    who = (audit.uid, audit.pid, _storable(audit.process), _storable(audit.reason))
+    who = (audit.uid, audit.pid, storable(audit.process), storable(audit.reason))
     connection.execute(
         "INSERT INTO fence_history (generation, action, digest, text, at, uid, pid, process, reason) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (generation, action, *fence, audit.at, *who),
     )
-
-
-def _storable(words: str) -> str:
-    """A client's words as UTF-8 can hold them: JSON may carry half a surrogate pair, a name any byte."""
-    return words.encode("utf-8", "replace").decode("utf-8")
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What guests hold, and which of them stand above a level. Pure.
+
+What counts is the set that a guest really has: the one its VMM reported back, until then the one it was granted. An
+outstanding contract counts like a guest, started or not; a guest nobody knows anything about is above every level.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvmneg.features import catalog as catalogs
+from kvmneg.features.difference import Blocker
+from kvmneg.features.featureset import FeatureSet, fits
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# states of a holding, in the order in which an urgent lowering deals with them (kvmneg.policy.urgent)
+BEGUN, RUNNING, UNKNOWN, SUSPENDED, SAVED = "begun", "running", "unknown", "suspended", "saved"
+
+
+class Holding(NamedTuple):
+    """One guest, or one contract that is outstanding.
+
+    `vm` is its UUID (or the name it is known by), `digest` its contract's, "" where it has none, `granted` what it
+    holds, None where nobody knows; `state` one of the above; `uid` the owner's.
+    """
+
+    vm: str
+    digest: str
+    granted: FeatureSet | None
+    state: str
+    uid: int
+
+
+class Above(NamedTuple):
+    """A holding above a level, and what it has more: empty where nobody knows what it has."""
+
+    holding: Holding
+    blockers: tuple[Blocker, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """{"vm", "digest" or null, "state", "uid", "features": [name, …], "known"}."""
+        holding = self.holding
+        return {
+            "vm": holding.vm,
+            "digest": holding.digest or None,
+            "state": holding.state,
+            "uid": holding.uid,
+            "features": sorted({blocker.feature for blocker in self.blockers}),
+            "known": holding.granted is not None,
+        }
+
+
+def above(holdings: Iterable[Holding], level: FeatureSet, where: str = "the level") -> list[Above]:
+    """The holdings that do not fit a level, in the order given; thousands of guests share a few sets."""
+    judged: dict[FeatureSet, tuple[Blocker, ...]] = {}
+    found = []
+    for holding in holdings:
+        granted = holding.granted
+        if granted is None:
+            found.append(Above(holding, ()))
+            continue
+        if granted not in judged:
+            judged[granted] = exceeding(granted, level, where)
+        if judged[granted]:
+            found.append(Above(holding, judged[granted]))
+    return found
+
+
+def exceeding(granted: FeatureSet, level: FeatureSet, where: str) -> tuple[Blocker, ...]:
+    """What a guest has more than a level. A vendor that the level leaves open is nobody's excess."""
+    if granted.architecture != level.architecture:
+        return fits(granted, level, missing_on=where, cause="fence")
+    unnamed = set(catalogs.load(level.architecture).equal_words) - set(level.words)
+    found = fits(granted, level, missing_on=where, cause="fence")
+    return tuple(blocker for blocker in found if blocker.word not in unnamed)
