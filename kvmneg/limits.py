@@ -59,3 +59,11 @@ PROOFS = 16  # combos whose proof is kept
 VMM_BUILDS = 64  # VMM binaries whose version is looked up
 QEMU_SECONDS = 10.0  # for an installed QEMU to say what it knows, or to start paused
 HISTORY_ROWS = 1000  # audit records in one reply
+
+# guests
+UEVENT_BYTES = 8 * 1024  # the kernel's own limit is 2 KiB of variables (UEVENT_BUFFER_SIZE)
+UEVENTS_PER_TURN = 64  # read in one turn of the loop
+LOOK_SLICE_SECONDS = 0.005  # of looking for VMs through /proc, in one turn of the loop
+UNKNOWN_GUESTS = 16384  # processes with a VM that nobody negotiated for
+WAIVERS = 1024  # unknown guests of one boot that do not block
+GUEST_NAME_CHARACTERS = 256  # of what a command line calls a guest

@@ -80,4 +80,14 @@ CREATE TRIGGER audit_delete BEFORE DELETE ON audit
     BEGIN SELECT RAISE(ABORT, 'the audit is never rewritten'); END;
 """
 
-MIGRATIONS = (_FENCE_AND_GRANTS, _AUDIT)
+_WAIVERS = """
+CREATE TABLE waivers (
+    boot    TEXT NOT NULL,
+    pid     INTEGER NOT NULL,
+    started INTEGER NOT NULL, -- clock ticks since that boot: with the number, one process
+    reason  TEXT NOT NULL,
+    PRIMARY KEY (boot, pid, started)
+) WITHOUT ROWID;
+"""
+
+MIGRATIONS = (_FENCE_AND_GRANTS, _AUDIT, _WAIVERS)

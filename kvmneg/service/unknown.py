@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Guests that never asked: VMs on this host that no lease accounts for.
+
+One of them makes every "you may roll back" wrong, so they block until they are gone, imported, or waived by name. KVM's
+uevents tell of each that comes and goes; those that were there before are found by one look through /proc, in slices
+between the calls, and again where the kernel had to drop events.
+
+The daemon's own scratch VMs, and those of its children that look for it (kvmneg.service.proofs), are none of them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from kvmneg import limits
+from kvmneg.errors import UsageError
+from kvmneg.host import guests
+from kvmneg.host.guests import Process
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmneg.service.loop import Loop, Timer
+    from kvmneg.store.interface import Audit
+    from kvmneg.store.waivers import Waivers
+
+# Not before the calls that wait have their answers, and the first measurement is over.
+_LATER_SECONDS = 1.0
+# Without events there is only looking, as often as the daemon does what nobody asks for.
+_LOOK_AGAIN_SECONDS = 30.0
+
+
+class Unknown(NamedTuple):
+    """A process with a VM that nobody negotiated for. `waived` is the reason of the admin who did, else ""."""
+
+    process: Process
+    waived: str
+    called: dict[str, str]
+
+    def to_json(self) -> dict[str, object]:
+        """{"pid", "started", "uid", "process", "name", "uuid", "waived"}: the last three null where there is none."""
+        process = self.process
+        return {
+            "pid": process.pid,
+            "started": process.started,
+            "uid": process.uid,
+            "process": process.name,
+            "name": self.called.get("name"),
+            "uuid": self.called.get("uuid"),
+            "waived": self.waived or None,
+        }
+
+
+class UnknownGuests:
+    """Those of one host. `accounted` says whether a lease has a process; it is asked anew each time."""
+
+    def __init__(
+        self,
+        waivers: Waivers,
+        accounted: Callable[[Process], bool] = lambda process: False,
+        *,
+        proc: str = "/proc",
+        events: Callable[[], guests.Events] = guests.Events,
+    ) -> None:
+        self.on_found: Callable[[Process], None] = lambda process: None  # told of each that comes
+        self.accounted = accounted
+        self._waivers = waivers
+        self._proc = proc
+        self._open_events = events
+        self._events: guests.Events | None = None
+        self._loop: Loop | None = None
+        self._look: guests.Look | None = None
+        self._unreadable = 0  # processes that the last whole look could not look into
+        self._looked = False  # a look ended, and no event was lost since
+        self._count: int | None = None  # VMs of the whole host, as the last event had it
+        self._found: dict[int, Process] = {}
+        self._again: Timer | None = None
+
+    # -- following --------------------------------------------------------------------------------
+
+    def start(self, loop: Loop) -> None:
+        """Follow KVM's events from now on, and look for what was there before, a little later."""
+        self._loop = loop
+        try:
+            self._events = self._open_events()
+        except OSError:
+            loop.every(
+                _LOOK_AGAIN_SECONDS, self._begin_look
+            )  # a network namespace without the kernel's events
+        else:
+            loop.watch_fd(self._events.fileno(), self._take_events)
+        loop.after(_LATER_SECONDS, self._begin_look)
+
+    def stop(self) -> None:
+        """Follow no more."""
+        if self._events is not None and self._loop is not None:
+            self._loop.unwatch_fd(self._events.fileno())
+            self._events.close()
+            self._events = None
+
+    def _begin_look(self) -> None:
+        if self._look is None:
+            self._look = guests.Look(self._proc)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """One slice; the next one when the loop has seen to the others."""
+        assert self._loop is not None
+        if self._look is not None and not self._slice(limits.LOOK_SLICE_SECONDS):
+            self._loop.after(0.0, self._go_on)
+
+    def _slice(self, seconds: float | None) -> bool:
+        look = self._look
+        assert look is not None
+        done = look.step(seconds)
+        if done:
+            self._look = None
+            self._looked = True
+            self._unreadable = look.unreadable
+            for process in look.found:
+                self._add(process)
+        return done
+
+    def _take_events(self) -> None:
+        assert self._events is not None
+        events, lost = self._events.read()
+        for event in events:
+            self._count = event.vms
+            if event.kind == "create":
+                process = guests.process(event.pid, self._proc)
+                if process is not None:
+                    self._add(process)
+        if lost:
+            self._looked, self._look = False, None
+            self._begin_look()
+
+    def _add(self, process: Process) -> None:
+        if self._is_ours(process) or self._found.get(process.pid) == process:
+            return
+        if len(self._found) < limits.UNKNOWN_GUESTS:
+            self._found[process.pid] = process
+            if not self.accounted(process):
+                self.on_found(process)
+        else:
+            self._looked = False  # told as: not all are known
+
+    def _is_ours(self, process: Process) -> bool:
+        return os.getpid() in (process.pid, process.parent)
+
+    # -- asking -----------------------------------------------------------------------------------
+
+    def all(self) -> list[Unknown]:
+        """Those that there are now, waived ones too, by pid."""
+        self._catch_up()
+        waived = self._waivers.all()
+        found = []
+        for pid, process in sorted(self._found.items()):
+            if not self._still(process):
+                del self._found[pid]
+            elif not self.accounted(process):
+                reason = waived.get((pid, process.started), "")
+                found.append(Unknown(process, reason, guests.named(pid, self._proc)))
+        return found
+
+    def blocking(self) -> list[Unknown]:
+        """Those that are not waived."""
+        return [one for one in self.all() if not one.waived]
+
+    def missed(self) -> str:
+        """Why there may be more than `all` gives, "" where there are not: for a scope, or a refusal."""
+        self._catch_up()
+        if not self._looked:
+            return f"more than {limits.UNKNOWN_GUESTS} processes have a VM"
+        # each process that was found has one at least: no more VMs than processes, none elsewhere
+        if self._unreadable and not (self._count is not None and self._count <= len(self._found)):
+            return (
+                f"VMs that ran before kvmnegd, among {self._unreadable} processes whose descriptors it may not "
+                "read (CAP_SYS_PTRACE)"
+            )
+        return ""
+
+    def _catch_up(self) -> None:
+        """Whoever asks gets the present: events that wait are taken, and a look is taken to its end."""
+        if self._events is not None:
+            self._take_events()
+        if self._look is None and (not self._looked or self._events is None):
+            self._look = guests.Look(self._proc)
+        if self._look is not None:
+            self._slice(None)
+
+    def _still(self, process: Process) -> bool:
+        """Whether it is the same process and has a VM; one that may not be looked into is taken to have it."""
+        now = guests.process(process.pid, self._proc)
+        if now is None or now.started != process.started:  # its name and its parent may change
+            return False
+        try:
+            return guests.has_vm(process.pid, self._proc)
+        except PermissionError:
+            return True
+
+    def waive(self, pid: int, audit: Audit, generation: int) -> Unknown:
+        """Let one not block any more, by an admin's word. Raises UsageError where it is none, StoreError."""
+        for one in self.all():
+            if one.process.pid == pid:
+                self._waivers.add(one.process, audit, generation)
+                return one._replace(waived=audit.reason)
+        raise UsageError(f"process {pid} has no VM that is unknown", hint="`kvmneg guests` lists them")
