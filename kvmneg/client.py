@@ -20,6 +20,7 @@ import struct
 import time
 
 from kvmneg import errors, limits
+from kvmneg.client_guests import GuestCalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _EXIT_CODES = {
 }
 
 
-class Client:
+class Client(GuestCalls):
     """One connection, made with the first call. Not for several threads at once.
 
     After a failure of the connection (Unreachable) the next call makes a new one; no call is ever sent twice.
@@ -76,17 +77,22 @@ class Client:
         """contract (kvmneg.contract/1), digest, generation, notGranted, scope. Raises Blocked, Breached, UsageError."""
         return self.call("org.kvmneg.Negotiate", {"request": dict(request)})
 
-    def begin(self, digest: str, vm: str) -> dict[str, Any]:
-        """digest, generation, path, expiresInSeconds. Raises StaleOffer, NoSuchContract, Blocked, Breached."""
-        return self.call("org.kvmneg.Begin", {"digest": digest, "vm": vm})
+    def begin(
+        self, digest: str, vm: str, *, hold: bool | None = None, pid: int | None = None
+    ) -> dict[str, Any]:
+        """digest, generation, path, expiresInSeconds, incarnation. Raises StaleOffer, NoSuchContract, Breached.
 
-    def started(self, vm: str) -> None:
+        With `hold` the contract is kept while this connection is open, with `pid` while that process lives.
+        """
+        return self.call("org.kvmneg.Begin", _given(digest=digest, vm=vm, hold=hold, pid=pid))
+
+    def started(self, vm: str, *, incarnation: int | None = None) -> None:
         """The VM runs. Raises UsageError where it holds no contract, NotPermitted."""
-        self.call("org.kvmneg.Started", {"vm": vm})
+        self.call("org.kvmneg.Started", _given(vm=vm, incarnation=incarnation))
 
-    def end(self, vm: str) -> None:
+    def end(self, vm: str, *, incarnation: int | None = None) -> None:
         """The VM is gone. Raises UsageError where it holds no contract, NotPermitted."""
-        self.call("org.kvmneg.End", {"vm": vm})
+        self.call("org.kvmneg.End", _given(vm=vm, incarnation=incarnation))
 
     def check(
         self, request: Mapping[str, Any] | None = None, *, digest: str | None = None, vmm: str | None = None

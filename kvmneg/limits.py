@@ -32,10 +32,11 @@ CACHED_OFFERS = 1024  # contracts offered and not begun that GetContract and Beg
 # requests
 REQUEST_FEATURES = 1024  # names in require, optional and exact together
 REASON_CHARACTERS = 1024
-GRANTS = 16384  # contracts begun and not ended, all users
-GRANTS_PER_UID = 4096
-GRANTS_FINISHED = 16384  # grants ended or expired that are kept for the record
-GRANT_UNSTARTED_SECONDS = 600.0  # a contract begun and not started by then has expired
+LEASES = 16384  # contracts begun and not ended, all users
+LEASES_PER_UID = 4096
+LEASES_FINISHED = 16384  # leases ended or expired that are kept for the record
+LEASE_UNSTARTED_SECONDS = 600.0  # a contract begun, held by no process and not started by then has expired
+HOLDERS_PER_LEASE = 2  # a VM monitor and the one that takes its VM over
 
 # files
 REPORT_BYTES = 8 * 1024 * 1024

@@ -95,6 +95,24 @@ class Acceptor:
                 self._silence = self._server.after(limits.FIRST_CALL_SECONDS, self._close_silent)
             self._server.add_connection(connection)
 
+    def adopt(self, fd: int) -> Connection:
+        """Serve a connection that an earlier daemon served: it takes the descriptor over, and may be silent.
+
+        Raises OSError where it is no connected Unix socket.
+        """
+        connected = socket.socket(fileno=fd)
+        try:
+            connected.setblocking(False)
+            connection = Connection(self._server, connected)
+        except OSError:
+            connected.close()
+            raise
+        uid = connection.peer.uid
+        self._per_uid[uid] = self._per_uid.get(uid, 0) + 1
+        connection.new = False
+        self._server.add_connection(connection)
+        return connection
+
     def _close_silent(self) -> None:
         """Close what has sent no whole call in time; come again when the next one is due."""
         self._silence = None

@@ -25,8 +25,8 @@ class Connection:
     """One client. `peer` says who it is; `raw` is the call being answered, its NUL included."""
 
     __slots__ = (
-        "buffer", "busy", "closed", "ended", "fd", "interest", "latest", "more", "moved", "new", "on_release",
-        "peer", "queue", "queued", "raw", "recv", "send", "server", "socket", "waits", "warm",
+        "buffer", "busy", "closed", "ended", "fd", "interest", "latest", "more", "moved", "new", "on_closed",
+        "on_release", "peer", "queue", "queued", "raw", "recv", "send", "server", "socket", "waits", "warm",
     )  # fmt: skip
 
     def __init__(self, server: Server, connected: socket.socket) -> None:
@@ -53,6 +53,7 @@ class Connection:
         self.ended = False  # the peer sends no more
         self.closed = False
         self.on_release: Callable[[Connection], None] | None = None
+        self.on_closed: Callable[[Connection], None] | None = None  # called once, however it closes
 
     def hold(self, on_release: Callable[[Connection], None]) -> None:
         """Keep the connection for a call with `more`: no further call is answered before its last reply.

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kvmneg.service.vmms import VmmLookup
 
 _KEEP_UP_SECONDS = 30.0
+# Not before the calls that wait have their answers.
+_LATER_SECONDS = 1.0
 _OWN_DESCRIPTORS = 128  # SQLite's, epoll's, and those a measurement opens
 
 
@@ -77,13 +79,15 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
     with SqliteStore(arguments.state, verify=lambda text: Fence.parse(text).digest) as store:
         measurer, later = _measurer(arguments)
         files = ContractFiles(os.path.join(os.path.dirname(path), "contracts"))
-        node = Node(store, measurer, files, _print_trouble)
+        node = Node(store, measurer, files, _print_trouble, boot=_boot())
         router = Router(node)
         server = Server(listener, router)
         router.attach(server)
         server.on_internal_error = _print_internal_error
         server.on_trouble = _print_trouble
         _schedule(server, node)
+        node.leases.start(server)
+        server.after(_LATER_SECONDS, lambda: node.unknown.start(server))
         node.changed.append(lambda: _tell_systemd(node))
         _announce(node)
         for one in later:
@@ -112,6 +116,15 @@ def _measurer(arguments: Options) -> tuple[Measurer, list[VmmLookup | Prover]]:
     from kvmneg.service.proofs import Prover
 
     return lookup, [lookup, Prover(arguments.state, arguments.kvm, host)]
+
+
+def _boot() -> str:
+    """This boot of the host, and the pid namespace in which the daemon's numbers of processes hold."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _listener(path: str) -> socket.socket:
@@ -188,6 +201,7 @@ def _schedule(server: Server, node: Node) -> None:
 
     def stop(*_: object) -> None:
         systemd.stopping()
+        node.leases.stop()
         server.stop()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -199,11 +213,11 @@ def _schedule(server: Server, node: Node) -> None:
 
 
 def _raise_descriptor_limit() -> None:
-    """Room for every connection the limits allow, beside what the daemon itself needs."""
+    """Room for every connection and every process with a lease, beside what the daemon itself needs."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = limits.CONNECTIONS + _OWN_DESCRIPTORS
+    wanted = limits.CONNECTIONS + limits.LEASES + _OWN_DESCRIPTORS
     if soft < wanted and (hard == resource.RLIM_INFINITY or soft < hard):
         hardest = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hardest, hard))

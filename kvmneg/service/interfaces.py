@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvmneg.policy.contract import Contract
     from kvmneg.service.node import Node
     from kvmneg.service.varlink import Connection
+    from kvmneg.store.interface import Lease
 
     Handler = Callable[[Connection, dict[str, Any]], dict[str, Any]]
 
@@ -91,21 +92,31 @@ class Interfaces:
         }
 
     def _begin(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
-        grant, path = self._node.begin(parameters["digest"], parameters["vm"], connection.peer)
+        lease, path = self._node.begin(
+            parameters["digest"],
+            parameters["vm"],
+            connection,
+            hold=parameters.get("hold"),
+            pid=parameters.get("pid"),
+        )
         return {
             "digest": parameters["digest"],
-            "generation": grant.generation,
+            "generation": lease.generation,
             "path": path,
-            "expiresInSeconds": int(limits.GRANT_UNSTARTED_SECONDS),
+            "expiresInSeconds": int(limits.LEASE_UNSTARTED_SECONDS),
+            "incarnation": lease.incarnation,
         }
 
     def _started(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
-        self._node.started(parameters["vm"], connection.peer)
+        self._node.leases.started(self._lease(connection, parameters))
         return {}
 
     def _end(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
-        self._node.end(parameters["vm"], connection.peer)
+        self._node.leases.end(self._lease(connection, parameters))
         return {}
+
+    def _lease(self, connection: Connection, parameters: dict[str, Any]) -> Lease:
+        return self._node.lease(parameters["vm"], connection.peer, parameters.get("incarnation"))
 
     def _check(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
         if ("request" in parameters) == ("digest" in parameters):
@@ -152,14 +163,14 @@ class Interfaces:
         }
 
     def _fence_pin(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
-        audit = _audit(connection, "pin a fence", parameters["reason"])
+        record = audit(connection, "pin a fence", parameters["reason"])
         source, text = parameters.get("from"), parameters.get("text")
-        row = self._node.pin(source, text, parameters.get("expectedGeneration"), audit)
+        row = self._node.pin(source, text, parameters.get("expectedGeneration"), record)
         return {"generation": row.generation, "digest": row.digest, "text": row.text}
 
     def _fence_unpin(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
-        audit = _audit(connection, "unpin the fence", parameters["reason"])
-        return {"generation": self._node.unpin(parameters.get("expectedGeneration"), audit)}
+        record = audit(connection, "unpin the fence", parameters["reason"])
+        return {"generation": self._node.unpin(parameters.get("expectedGeneration"), record)}
 
     def _fence_history(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
         limit = parameters.get("limit")
@@ -182,7 +193,7 @@ def _that_fit(entries: Iterable[dict[str, Any]], room: int) -> list[dict[str, An
     return kept
 
 
-def _audit(connection: Connection, what: str, reason: str) -> Audit:
+def audit(connection: Connection, what: str, reason: str) -> Audit:
     """Who asks, and why. Raises NotPermitted, UsageError (no reason), LimitExceeded (a long one)."""
     peer = connection.peer
     require_admin(peer, what)

@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-INTERFACES = (SERVICE, "org.kvmneg", "org.kvmneg.Fence")
+INTERFACES = (SERVICE, "org.kvmneg", "org.kvmneg.Fence", "org.kvmneg.Guests")
 
 
 def get_info() -> dict[str, Any]:

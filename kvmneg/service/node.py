@@ -15,7 +15,6 @@ from kvmneg.errors import (
     KvmnegError,
     NoKvm,
     NoSuchContract,
-    NotPermitted,
     StaleOffer,
     StoreError,
     UsageError,
@@ -24,21 +23,23 @@ from kvmneg.features.featureset import fits
 from kvmneg.policy import coverage, grade, negotiation, pinning
 from kvmneg.policy.contract import Contract
 from kvmneg.policy.fence_text import Fence
-from kvmneg.service.authorization import is_admin
+from kvmneg.service.leases import Leases
 from kvmneg.service.shares import Shares
-from kvmneg.store.interface import Audit, Grant
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from typing import Protocol
 
     from kvmneg.features.report import Report
     from kvmneg.policy.negotiation import Answer
     from kvmneg.policy.request import Request
+    from kvmneg.service.connection import Connection
     from kvmneg.service.contracts import ContractFiles
+    from kvmneg.service.descriptors import Descriptors
     from kvmneg.service.peer import Peer
-    from kvmneg.store.interface import FenceRow, HistoryRow, Store
+    from kvmneg.service.unknown import UnknownGuests
+    from kvmneg.store.interface import Audit, FenceRow, HistoryRow, Lease, Store
 
     class Measurer(Protocol):
         """Measures one host, again and again (kvmneg.host.measure)."""
@@ -59,6 +60,9 @@ class Node:
         measurer: Measurer,
         files: ContractFiles,
         on_trouble: Callable[[str], None] = lambda text: None,
+        *,
+        boot: str = "",
+        descriptors: Descriptors | None = None,
     ) -> None:
         self.store = store
         self.files = files
@@ -70,14 +74,18 @@ class Node:
         self._measurer = measurer
         self._report: Report | None = None
         self._why_not: KvmnegError = NoKvm("not measured yet")
-        # Wall time anchored once and counted on: a clock that is set does not move the grants' deadlines,
+        # Wall time anchored once and counted on: a clock that is set does not move the leases' deadlines,
         # and time asleep counts.
         self._anchor = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         self._fence: Fence | None = None
         self._fence_fault: StoreError | None = None
         self._load_fence()
         self.generation = store.generation()
-        self.files.keep(store.contracts_outstanding())
+        self._unknown: UnknownGuests | None = None
+        self._boot = boot
+        self.leases = Leases(
+            store.leases, files, boot=boot, wall=self._wall, on_trouble=on_trouble, descriptors=descriptors
+        )
         self.measure()
 
     # -- the host ---------------------------------------------------------------------------------
@@ -165,19 +173,27 @@ class Node:
         self.offers.put(answer.contract.digest, offer, peer.uid, limits.CACHED_OFFERS)
         return answer
 
-    def begin(self, digest: str, vm: str, peer: Peer) -> tuple[Grant, str]:
-        """Grant an offered contract to a VM: the grant, and the path of the contract's file.
+    def begin(
+        self,
+        digest: str,
+        vm: str,
+        connection: Connection,
+        *,
+        hold: bool | None = None,
+        pid: int | None = None,
+    ) -> tuple[Lease, str]:
+        """Grant an offered contract to a VM: the lease, and the path of the contract's file.
 
-        Looks at the host afresh first. Raises NoSuchContract (never offered, or too long ago), StaleOffer (another
-        generation, or the host changed and cannot give it any more), Breached, UsageError (the VM holds another
-        contract, no UUID), NotPermitted (the VM is another user's), LimitExceeded.
+        The lease is kept by the connection (`hold`), by a process (`pid`), or until End. Looks at the host afresh
+        first. Raises NoSuchContract (never offered, or too long ago), StaleOffer (another generation, or the host
+        changed and cannot give it any more), Breached, UsageError (the VM holds another contract, no UUID, no such
+        process), NotPermitted (another user's process), LimitExceeded.
         """
-        vm, digits = _uuid(vm), _hex(digest)
-        held = self.store.grant(vm)
-        if held and held.uid != peer.uid:
-            raise _not_yours(held)
-        if held and held.digest == digits:  # asked twice: the first reply may have been lost
-            return held, self.files.write(digits, self.store.contract(digits) or b"")
+        vm, digits = uuid(vm), _hex(digest)
+        holder = self.leases.holder(connection, hold, pid)
+        held = self.leases.held(vm, digits, connection, holder)
+        if held is not None:  # asked twice: the first reply may have been lost
+            return held
         contract, generation, vmm = self._offer("sha256:" + digits)
         self.refresh(fresh=True)
         if generation != self.generation:
@@ -197,57 +213,17 @@ class Node:
             raise StaleOffer(
                 "the host changed since the offer", hint="negotiate again", generation=self.generation
             )
-        deadline = self._wall() + limits.GRANT_UNSTARTED_SECONDS
-        wanted = Grant(vm, digits, generation, peer.uid, peer.pid, now(), deadline, "begun")
-        # the file first: once the store has the grant, nothing may fail any more
-        path = self.files.write(digits, contract.binary())
-        try:
-            return self.store.begin(wanted, contract.binary()), path
-        except KvmnegError:
-            self._put_away([digits])
-            raise
+        return self.leases.begin(contract, vm, generation, connection, holder=holder)
 
-    def started(self, vm: str, peer: Peer) -> None:
-        """The VM runs: its grant no longer expires. Raises UsageError, NotPermitted (another user's)."""
-        self.store.started(self._own(vm, peer).vm)
-
-    def end(self, vm: str, peer: Peer) -> None:
-        """The VM is gone. Raises UsageError, NotPermitted (another user's)."""
-        held = self._own(vm, peer)
-        self.store.end(held.vm)
-        self._put_away([held.digest])
-
-    def _put_away(self, digests: Iterable[str]) -> None:
-        """Remove the files of contracts that no VM holds. One that stays is put away at the next start."""
-        try:
-            for digest in digests:
-                if not self.store.holds(digest):
-                    self.files.remove(digest)
-        except StoreError as error:
-            self._on_trouble(str(error))
-
-    def _own(self, vm: str, peer: Peer) -> Grant:
-        """The grant of a VM of this user's, for an admin of anybody's."""
-        vm = _uuid(vm)
-        held = self.store.grant(vm)
-        if held is None:
-            raise UsageError(
-                f"VM {vm} holds no contract", hint="it was ended, or expired before it was started"
-            )
-        if held.uid != peer.uid and not is_admin(peer):
-            raise _not_yours(held)
-        return held
+    def lease(self, vm: str, peer: Peer, incarnation: int | None = None) -> Lease:
+        """The lease of a VM (kvmneg.service.leases)."""
+        return self.leases.own(uuid(vm), peer, incarnation)
 
     def keep_up(self) -> None:
-        """What is done when nobody asks: expire grants, see that the host changed, record what was not recorded."""
+        """What is done when nobody asks: expire leases, see that the host changed, record what was not recorded."""
         self.refresh()
         self._record()
-        self.expire()
-
-    def expire(self) -> None:
-        """End the grants that were never started in time."""
-        if self.store.expire(self._wall()):
-            self._put_away(self.files.digests())
+        self.leases.expire()
 
     def _wall(self) -> float:
         return self._anchor + time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -262,13 +238,22 @@ class Node:
         """A contract offered or granted, and "offered", "granted" or "ended". Raises NoSuchContract."""
         digits = _hex(digest)
         offer = self.offers.values.get("sha256:" + digits)
-        state = "granted" if self.store.holds(digits) else "offered" if offer else "ended"
+        state = "granted" if self.store.leases.holds(digits) else "offered" if offer else "ended"
         if offer:
             return offer[0], state
-        data = self.store.contract(digits)
+        data = self.store.leases.contract(digits)
         if data is None:
             raise NoSuchContract(f"no contract {digest} is known here", digest=digest)
         return Contract.from_binary(data, file=digest), state
+
+    @property
+    def unknown(self) -> UnknownGuests:
+        """The VMs that nobody negotiated for."""
+        if self._unknown is None:
+            from kvmneg.service.unknown import UnknownGuests  # a daemon starts without them
+
+            self._unknown = UnknownGuests(self.store.waivers(self._boot), self.leases.accounted)
+        return self._unknown
 
     # -- the fence --------------------------------------------------------------------------------
 
@@ -324,11 +309,7 @@ def _fence_of(row: FenceRow | None) -> Fence | None:
     return Fence.parse(row.text, generation=row.generation, file="the pinned fence") if row else None
 
 
-def _not_yours(held: Grant) -> NotPermitted:
-    return NotPermitted(f"VM {held.vm} belongs to uid {held.uid}", hint="ask as that user or as an admin")
-
-
-def _uuid(text: str) -> str:
+def uuid(text: str) -> str:
     from uuid import UUID  # 3 ms: not before the first VM
 
     try:

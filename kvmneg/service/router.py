@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from kvmneg import limits
 from kvmneg.errors import Blocked
-from kvmneg.service import introspection, parameters
+from kvmneg.service import guests, introspection, parameters
 from kvmneg.service.interfaces import CACHEABLE, Interfaces
 from kvmneg.service.shares import Shares
 from kvmneg.service.varlink import (
@@ -37,7 +37,7 @@ class Router(Dispatch):
     def __init__(self, node: Node) -> None:
         self._node = node
         self._interfaces = Interfaces(node)
-        self._handlers = self._interfaces.handlers()
+        self._handlers = {**self._interfaces.handlers(), **guests.handlers(node)}
         self._watchers = Subscriptions()
         self._replies: dict[bytes, bytes] = {}  # what may be given out without a look at the host
         # what may be given out after one, with the digest that it offers, if any

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from kvmneg.store.interface import Audit
     from kvmneg.store.waivers import Waivers
 
-# Not before the calls that wait have their answers, and the first measurement is over.
-_LATER_SECONDS = 1.0
 # Without events there is only looking, as often as the daemon does what nobody asks for.
 _LOOK_AGAIN_SECONDS = 30.0
 
@@ -81,7 +79,7 @@ class UnknownGuests:
     # -- following --------------------------------------------------------------------------------
 
     def start(self, loop: Loop) -> None:
-        """Follow KVM's events from now on, and look for what was there before, a little later."""
+        """Follow KVM's events from now on, and look for what was there before."""
         self._loop = loop
         try:
             self._events = self._open_events()
@@ -91,7 +89,7 @@ class UnknownGuests:
             )  # a network namespace without the kernel's events
         else:
             loop.watch_fd(self._events.fileno(), self._take_events)
-        loop.after(_LATER_SECONDS, self._begin_look)
+        loop.after(0.0, self._begin_look)
 
     def stop(self) -> None:
         """Follow no more."""

@@ -334,6 +334,9 @@ class Server(Loop):
         connection.queued, connection.buffer, connection.latest = 0, b"", None
         if connection.busy:
             connection.release()
+        on_closed, connection.on_closed = connection.on_closed, None
+        if on_closed:
+            self.guarded(lambda: on_closed(connection))
 
     # --- the end
 

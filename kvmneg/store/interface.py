@@ -14,8 +14,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Literal, Protocol
 
+    from kvmneg.store.leases import Leases
+    from kvmneg.store.waivers import Waivers
+
     FenceAction = Literal["pin", "unpin"]
-    GrantState = Literal["begun", "started", "ended", "expired"]
+    LeaseState = Literal["begun", "started", "saved", "ended", "expired"]
+    HolderKind = Literal["connection", "process"]
 
 
 class Audit(NamedTuple):
@@ -70,12 +74,15 @@ class AuditRow(NamedTuple):
     detail: dict[str, Any]
 
 
-class Grant(NamedTuple):
-    """A contract that one VM was given: it counts like a guest while its state is begun or started.
+class Lease(NamedTuple):
+    """A contract that one VM was given: it counts like a guest until its state is ended or expired.
 
     `vm` is the VM's UUID in its canonical spelling, `digest` the contract's (64 lower-case hex digits),
-    `generation` the fence's when it was begun, `uid` and `pid` the asker's. A grant still begun after
-    `deadline` (seconds since 1970) expires; one that has started does not.
+    `generation` the fence's when it was begun, `uid` and `pid` the asker's. A lease still begun after `deadline`
+    (seconds since 1970) that no process holds expires; one that has started does not. `incarnation` is given by the
+    store and never used again: the same UUID begun anew is another one. `boot` is the host's boot id when the guest
+    last ran, "" where it is not known, `reported` the digest of the set that its VMM says it has set, None before it;
+    `pid_started` tells the asker from later processes of its number (clock ticks since boot, 0 where it is not known).
     """
 
     vm: str
@@ -85,7 +92,22 @@ class Grant(NamedTuple):
     pid: int
     begun_at: str
     deadline: float
-    state: GrantState
+    state: LeaseState
+    incarnation: int = 0
+    boot: str = ""
+    reported: str | None = None
+    pid_started: int = 0
+
+
+class Holder(NamedTuple):
+    """A process that keeps a lease: it ends with its last one. `started` (clock ticks since boot) tells it from others.
+
+    `by` is "connection" where it holds a connection to the daemon, "process" where its life alone counts.
+    """
+
+    pid: int
+    started: int
+    by: HolderKind
 
 
 class ReportRow(NamedTuple):
@@ -131,37 +153,12 @@ if TYPE_CHECKING:
         def audit(self, limit: int, *, before: int | None = None) -> list[AuditRow]:
             """The last `limit` rows of the audit, newest first; with `before` those below that number."""
 
-        def begin(self, grant: Grant, contract_bytes: bytes) -> Grant:
-            """Grant a contract to a VM, and keep both; the state it begins with is 'begun'.
+        @property
+        def leases(self) -> Leases:
+            """Who holds which contract."""
 
-            A VM that holds the same contract keeps the grant it has (its uid, deadline and state may differ
-            from those asked), which is what is returned. Raises UsageError (fields vm, held, asked) where the
-            VM holds another contract, LimitExceeded (GRANTS, GRANTS_PER_UID).
-            """
-
-        def started(self, vm: str) -> Grant:
-            """The VM runs: its grant no longer expires. UsageError (field vm) if it holds no contract."""
-
-        def end(self, vm: str) -> bool:
-            """The VM is gone. False if it held no contract (any more)."""
-
-        def expire(self, now: float) -> list[str]:
-            """End the grants that were begun and not started by their deadline; return their VMs, sorted."""
-
-        def grant(self, vm: str) -> Grant | None:
-            """The outstanding grant of a VM, or None."""
-
-        def holds(self, digest: str) -> bool:
-            """Whether an outstanding grant holds the contract of that digest."""
-
-        def outstanding(self) -> list[Grant]:
-            """The grants that count: begun or started, oldest first."""
-
-        def contract(self, digest: str) -> bytes | None:
-            """The contract of that digest: kept while a grant holds it, and for a while after."""
-
-        def contracts_outstanding(self) -> list[tuple[str, bytes]]:
-            """Digest and bytes of each contract an outstanding grant holds, sorted by digest."""
+        def waivers(self, boot: str) -> Waivers:
+            """The unknown guests of this boot that an admin waived."""
 
         def record_report(self, digest: str, combo_digest: str, at: str, body: bytes) -> None:
             """Keep a report for ever. A known digest is not kept twice, it becomes the latest again."""

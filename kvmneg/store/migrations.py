@@ -90,4 +90,48 @@ CREATE TABLE waivers (
 ) WITHOUT ROWID;
 """
 
-MIGRATIONS = (_FENCE_AND_GRANTS, _AUDIT, _WAIVERS)
+# A grant becomes a lease: of a user's VM (nobody blocks another user's UUID) and of one of its incarnations, which is
+# the grant's number and never used again; holders are the processes that keep it, reported_sets what VMMs really set.
+_LEASES = """
+CREATE TABLE reported_sets (
+    digest TEXT PRIMARY KEY CHECK (length(digest) = 64 AND digest NOT GLOB '*[^0-9a-f]*'),
+    body   BLOB NOT NULL
+);
+CREATE TABLE leases (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    vm         TEXT NOT NULL,
+    digest     TEXT NOT NULL REFERENCES contracts (digest),
+    generation INTEGER NOT NULL,
+    uid        INTEGER NOT NULL,
+    pid        INTEGER NOT NULL,
+    begun_at   TEXT NOT NULL,
+    deadline   REAL NOT NULL,
+    state      TEXT NOT NULL CHECK (state IN ('begun', 'started', 'saved', 'ended', 'expired')),
+    finished   INTEGER -- the order of finishing
+        CHECK ((state IN ('ended', 'expired')) = (finished IS NOT NULL)),
+    boot       TEXT NOT NULL, -- that of the host when the guest last ran: none outlives it
+    reported   TEXT REFERENCES reported_sets (digest),
+    pid_started INTEGER NOT NULL DEFAULT 0 -- of the asker: clock ticks since that boot
+);
+INSERT INTO leases
+    SELECT id, vm, digest, generation, uid, pid, begun_at, deadline, state, finished, '', NULL, 0
+    FROM grants;
+DROP TABLE grants;
+ALTER TABLE leases RENAME TO grants;
+CREATE UNIQUE INDEX grants_held ON grants (vm, uid) WHERE finished IS NULL;
+CREATE INDEX grants_by_uid ON grants (uid) WHERE finished IS NULL;
+CREATE INDEX grants_due ON grants (deadline) WHERE state = 'begun';
+CREATE INDEX grants_finished ON grants (finished) WHERE finished IS NOT NULL;
+CREATE INDEX grants_by_contract ON grants (digest);
+CREATE INDEX grants_by_reported ON grants (reported) WHERE reported IS NOT NULL;
+CREATE TABLE holders (
+    lease   INTEGER NOT NULL REFERENCES grants (id) ON DELETE CASCADE,
+    pid     INTEGER NOT NULL,
+    started INTEGER NOT NULL, -- clock ticks since boot: with the number, one process
+    by      TEXT NOT NULL CHECK (by IN ('connection', 'process')),
+    PRIMARY KEY (lease, pid, started)
+) WITHOUT ROWID;
+CREATE INDEX holders_by_process ON holders (pid, started);
+"""
+
+MIGRATIONS = (_FENCE_AND_GRANTS, _AUDIT, _WAIVERS, _LEASES)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 
-from kvmneg import limits
 from kvmneg.errors import GenerationMismatch, KvmnegError, NotPinned, StoreError
 from kvmneg.store import audit as audits
-from kvmneg.store import grants, statedir
+from kvmneg.store import statedir
 from kvmneg.store.audit import storable
 from kvmneg.store.faults import translated
 from kvmneg.store.interface import FenceRow, HistoryRow, ReportRow
+from kvmneg.store.leases import Leases
 from kvmneg.store.schema import open_database
 from kvmneg.store.transactions import Database
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from sqlite3 import Connection
     from typing import Any
 
-    from kvmneg.store.interface import Audit, AuditRow, FenceAction, Grant, Store
+    from kvmneg.store.interface import Audit, AuditRow, FenceAction, Store
+    from kvmneg.store.waivers import Waivers
 
 _FENCE = "generation, digest, text, at, uid, pid, reason"
 _HISTORY = "action, generation, at, uid, pid, reason, digest, process"
@@ -41,7 +42,7 @@ class SqliteStore:
     not readable (schema.open_database).
     """
 
-    __slots__ = ("_database", "_directory", "_lock", "_verify")
+    __slots__ = ("_database", "_directory", "_lock", "_verify", "leases")
 
     def __init__(self, directory: str, *, verify: Callable[[str], str] | None = None) -> None:
         self._directory = directory
@@ -53,6 +54,7 @@ class SqliteStore:
         except BaseException:
             os.close(self._lock)
             raise
+        self.leases = Leases(self._database)
 
     def __enter__(self) -> SqliteStore:
         return self
@@ -147,66 +149,11 @@ class SqliteStore:
         with self._reading("read the audit") as connection:
             return audits.rows(connection, limit, before=before)
 
-    # Contracts and grants
+    def waivers(self, boot: str) -> Waivers:
+        """The unknown guests of this boot that an admin waived."""
+        from kvmneg.store.waivers import Waivers  # where somebody asks for unknown guests
 
-    def begin(self, grant: Grant, contract_bytes: bytes) -> Grant:
-        with self._changing("store the grant") as connection:
-            return grants.begin(connection, grant, contract_bytes)
-
-    def started(self, vm: str) -> Grant:
-        with self._changing("store that the VM started") as connection:
-            return grants.start(connection, vm)
-
-    def end(self, vm: str) -> bool:
-        with self._changing("store that the VM ended") as connection:
-            held = grants.held_by(connection, vm) is not None
-            if held:
-                grants.finish(connection, [vm], "ended")
-            return held
-
-    def expire(self, now: float) -> list[str]:
-        """End what is due at `now` (seconds since 1970); nothing is written when nothing is due.
-
-        A clock that is set back neither revives nor kills: expiry is a state that a grant enters once and for
-        good, and a later `now` is never remembered and held against a younger deadline. What it would do is
-        keep a grant for as long as the clock went back. No honest deadline is further off than
-        limits.GRANT_UNSTARTED_SECONDS, so one that is gets exactly that from `now` on: at most one term more.
-
-        A clock that is set forward looks like time that passed, and takes a grant early: its VMM is then
-        refused at started() and negotiates again. A caller who anchors `now` once and counts on
-        CLOCK_BOOTTIME from there has neither within its own life.
-        """
-        with self._reading("read the grants") as connection:
-            latest = now + limits.GRANT_UNSTARTED_SECONDS
-            furthest = grants.latest_deadline(connection)
-            early = furthest is not None and furthest > latest
-            if not early and not grants.due(connection, now):
-                return []
-        with self._changing("store that grants expired") as connection:
-            vms = grants.due(connection, now)
-            grants.finish(connection, vms, "expired")
-            grants.cap_deadlines(connection, latest)
-        return vms
-
-    def grant(self, vm: str) -> Grant | None:
-        with self._reading("read a grant") as connection:
-            return grants.held_by(connection, vm)
-
-    def holds(self, digest: str) -> bool:
-        with self._reading("read the grants") as connection:
-            return grants.holds(connection, digest)
-
-    def outstanding(self) -> list[Grant]:
-        with self._reading("read the grants") as connection:
-            return grants.outstanding(connection)
-
-    def contract(self, digest: str) -> bytes | None:
-        with self._reading("read a contract") as connection:
-            return grants.contract(connection, digest)
-
-    def contracts_outstanding(self) -> list[tuple[str, bytes]]:
-        with self._reading("read the contracts") as connection:
-            return grants.contracts_outstanding(connection)
+        return Waivers(self._database, boot)
 
     # Reports
 

@@ -13,6 +13,7 @@ from kvmneg.policy.request import Request
 from kvmneg.store.interface import Audit
 
 if TYPE_CHECKING:
+    from kvmneg.service.connection import Connection
     from kvmneg.service.node import Node
     from kvmneg.service.peer import Peer
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 AUDIT = Audit(0, 1, "2026-11-21T06:00:00Z", "a test", "pytest")
 PEER = cast("Peer", SimpleNamespace(uid=1000, pid=7))
+ASKER = cast("Connection", SimpleNamespace(peer=PEER, on_closed=None))
 VM = "0b9f3c1e-5f0b-4a49-9d0e-6a1f2b3c4d5e"
 OTHERS = [{"cpus": "4-7", "kind": {"model": "190"}, "because": "its affinity leaves them out"}]
 
@@ -30,14 +32,14 @@ def test_a_cpu_of_another_kind_that_comes_online(node: Node, host: Host) -> None
     digest = node.negotiate(Request(level="x86-64-v2"), PEER).contract.digest
     host.change("combo", "unvisited", OTHERS)
     with pytest.raises(Blocked, match="not every kind of CPU"):
-        node.begin(digest, VM, PEER)
+        node.begin(digest, VM, ASKER)
     assert node.state == "unmeasured"
-    assert node.store.outstanding() == []
+    assert node.store.leases.outstanding() == []
     with pytest.raises(Blocked, match="not every kind of CPU"):
         node.negotiate(Request(), PEER)
     with pytest.raises(Blocked, match="not every kind of CPU"):
         node.pin("level:x86-64-v1", None, None, AUDIT)
     assert node.generation == 1
     host.change("combo", "unvisited", [])
-    assert node.begin(digest, VM, PEER)[0].digest == digest.removeprefix("sha256:")
+    assert node.begin(digest, VM, ASKER)[0].digest == digest.removeprefix("sha256:")
     assert node.state == "pinned"

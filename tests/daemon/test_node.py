@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 AUDIT = Audit(0, 1, "2026-11-21T06:00:00Z", "a test", "pytest")
 PEER = cast("Peer", SimpleNamespace(uid=1000, pid=7))
+ASKER = cast("Connection", SimpleNamespace(peer=PEER, on_closed=None))
 VM = "0b9f3c1e-5f0b-4a49-9d0e-6a1f2b3c4d5e"
 V2 = Request(level="x86-64-v2")
 AVX2 = 1 << 5  # CPUID.7.0:EBX.AVX2
@@ -42,32 +43,32 @@ def test_a_host_that_fell_below_its_fence_grants_nothing(node: Node, host: Host)
     digest = node.negotiate(V2, PEER).contract.digest
     host.lose("cpuid:0x7.0.ebx", AVX2)
     with pytest.raises(Breached) as caught:
-        node.begin(digest, VM, PEER)
+        node.begin(digest, VM, ASKER)
     assert "avx2" in {blocker.feature for blocker in caught.value.blockers}
     assert node.state == "breached"
     with pytest.raises(Breached):
         node.negotiate(V2, PEER)
-    assert node.store.outstanding() == []
+    assert node.store.leases.outstanding() == []
 
 
 def test_an_offer_that_the_host_can_no_longer_keep_is_stale(node: Node, host: Host) -> None:
     digest = node.negotiate(Request(maximum=True), PEER).contract.digest
     host.lose("cpuid:0x7.0.ebx", AVX2)
     with pytest.raises(StaleOffer, match="changed"):
-        node.begin(digest, VM, PEER)
+        node.begin(digest, VM, ASKER)
 
 
 def test_a_change_that_does_not_touch_the_contract_does_not_stop_it(node: Node, host: Host) -> None:
     digest = node.negotiate(V2, PEER).contract.digest
     host.lose("cpuid:0x7.0.ebx", AVX2)
-    assert node.begin(digest, VM, PEER)[0].digest == digest.removeprefix("sha256:")
+    assert node.begin(digest, VM, ASKER)[0].digest == digest.removeprefix("sha256:")
 
 
 def test_begin_looks_afresh(node: Node, host: Host) -> None:
     digest = node.negotiate(V2, PEER).contract.digest
     before = host.measured
     host.moved = True
-    node.begin(digest, VM, PEER)
+    node.begin(digest, VM, ASKER)
     assert host.measured == before + 1
 
 
@@ -98,44 +99,44 @@ def test_each_measurement_that_differs_is_recorded(node: Node, host: Host) -> No
 
 def test_grants_expire_unstarted(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = node.negotiate(V2, PEER).contract.digest
-    _, path = node.begin(digest, VM, PEER)
-    node.expire()
+    _, path = node.begin(digest, VM, ASKER)
+    node.leases.expire()
     assert Path(path).exists()
-    monkeypatch.setattr(node, "_anchor", node._anchor + limits.GRANT_UNSTARTED_SECONDS + 1)
-    node.expire()
+    monkeypatch.setattr(node, "_anchor", node._anchor + limits.LEASE_UNSTARTED_SECONDS + 1)
+    node.leases.expire()
     assert not Path(path).exists()
-    assert node.store.grant(VM) is None
+    assert node.store.leases.of(VM) == []
 
 
 def test_a_started_grant_does_not_expire(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = node.negotiate(V2, PEER).contract.digest
-    _, path = node.begin(digest, VM, PEER)
-    node.started(VM, PEER)
-    monkeypatch.setattr(node, "_anchor", node._anchor + limits.GRANT_UNSTARTED_SECONDS + 1)
-    node.expire()
+    _, path = node.begin(digest, VM, ASKER)
+    node.leases.started(node.lease(VM, PEER))
+    monkeypatch.setattr(node, "_anchor", node._anchor + limits.LEASE_UNSTARTED_SECONDS + 1)
+    node.leases.expire()
     assert Path(path).exists()
 
 
 def test_a_file_lives_as_long_as_one_vm_holds_it(node: Node) -> None:
     digest = node.negotiate(V2, PEER).contract.digest
     second = VM[:-1] + "f"
-    path = Path(node.begin(digest, VM, PEER)[1])
-    node.begin(digest, second, PEER)
-    node.end(VM, PEER)
+    path = Path(node.begin(digest, VM, ASKER)[1])
+    node.begin(digest, second, ASKER)
+    node.leases.end(node.lease(VM, PEER))
     assert path.exists()
-    node.end(second, PEER)
+    node.leases.end(node.lease(second, PEER))
     assert not path.exists()
 
 
 def test_grants_per_uid_are_limited(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "GRANTS_PER_UID", 2)
+    monkeypatch.setattr(limits, "LEASES_PER_UID", 2)
     digest = node.negotiate(V2, PEER).contract.digest
     for number in range(2):
-        node.begin(digest, f"00000000-0000-4000-8000-00000000000{number}", PEER)
-    with pytest.raises(LimitExceeded, match="GRANTS_PER_UID"):
-        node.begin(digest, VM, PEER)
+        node.begin(digest, f"00000000-0000-4000-8000-00000000000{number}", ASKER)
+    with pytest.raises(LimitExceeded, match="LEASES_PER_UID"):
+        node.begin(digest, VM, ASKER)
     other = cast("Peer", SimpleNamespace(uid=1001, pid=8))
-    node.begin(digest, VM, other)  # others are served
+    node.begin(digest, VM, cast("Connection", SimpleNamespace(peer=other)))  # others are served
 
 
 def test_the_oldest_offers_are_forgotten(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,8 +145,8 @@ def test_the_oldest_offers_are_forgotten(node: Node, monkeypatch: pytest.MonkeyP
     digests = [node.negotiate(request, PEER).contract.digest for request in requests]
     assert len(set(digests)) == 4
     with pytest.raises(NoSuchContract):
-        node.begin(digests[0], VM, PEER)
-    node.begin(digests[1], VM, PEER)
+        node.begin(digests[0], VM, ASKER)
+    node.begin(digests[1], VM, ASKER)
 
 
 def test_the_same_call_gets_the_same_bytes_until_something_changes(node: Node, host: Host) -> None:

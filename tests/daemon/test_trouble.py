@@ -25,19 +25,22 @@ from kvmneg.service.node import Node
 from kvmneg.service.recorded import RecordedMeasurer
 from kvmneg.service.router import Router
 from kvmneg.store.interface import Audit
+from kvmneg.store.leases import Leases
 from kvmneg.store.sqlite import SqliteStore
 
 from .conftest import RECORDED
-from .test_node import AUDIT, AVX2, PEER, V2, VM
+from .test_node import ASKER, AUDIT, AVX2, PEER, V2, VM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvmneg.service.connection import Connection
     from kvmneg.service.peer import Peer
 
     from .conftest import Daemon, Host
 
 OTHER = cast("Peer", SimpleNamespace(uid=1001, pid=8, groups=frozenset()))
+OTHER_ASKER = cast("Connection", SimpleNamespace(peer=OTHER, on_closed=None))
 OPTIONAL = ("rdrand", "bmi1", "adx", "smap", "smep", "clflushopt", "clwb", "umip")  # a contract each
 
 
@@ -64,8 +67,8 @@ def test_nobody_empties_the_offers_of_another(node: Node, monkeypatch: pytest.Mo
     for name in OPTIONAL:
         last = node.negotiate(Request(level="x86-64-v2", optional=(name,)), OTHER).contract.digest
     assert len(node.offers.values) == 4
-    node.begin(digest, VM, PEER)
-    node.begin(last, VM[:-1] + "f", OTHER)
+    node.begin(digest, VM, ASKER)
+    node.begin(last, VM[:-1] + "f", OTHER_ASKER)
 
 
 def test_a_reply_is_given_out_only_while_its_offer_stands(
@@ -79,11 +82,11 @@ def test_a_reply_is_given_out_only_while_its_offer_stands(
     for name in OPTIONAL:
         negotiate(router, OTHER, {**request, "optional": [name]}, more=True)
     with pytest.raises(NoSuchContract):
-        node.begin(digest, VM, PEER)
+        node.begin(digest, VM, ASKER)
     assert digest.encode() in negotiate(router, PEER, request)
     for name in OPTIONAL:
         negotiate(router, OTHER, {**request, "optional": [name]}, more=True)
-    node.begin(digest, VM, PEER)
+    node.begin(digest, VM, ASKER)
 
 
 def test_nobody_empties_the_kept_replies_of_another(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,11 +107,16 @@ def test_what_is_long_is_not_kept(node: Node, monkeypatch: pytest.MonkeyPatch) -
     assert negotiate(router, PEER, {"max": True}) is not negotiate(router, PEER, {"max": True})
 
 
-def test_a_uuid_that_another_user_took_is_a_clear_no(node: Node) -> None:
+def test_nobody_takes_the_uuid_of_another_users_vm(node: Node) -> None:
     digest = node.negotiate(V2, PEER).contract.digest
-    node.begin(digest, VM, OTHER)
+    node.begin(digest, VM, OTHER_ASKER)
     with pytest.raises(NotPermitted, match="uid 1001"):
-        node.begin(digest, VM, PEER)
+        node.lease(VM, PEER)
+    mine, _ = node.begin(digest, VM, ASKER)
+    assert node.lease(VM, PEER) == mine and mine.uid == 1000
+    assert node.lease(VM, OTHER).uid == 1001
+    with pytest.raises(UsageError, match="users 1000, 1001"):
+        node.lease(VM, cast("Peer", SimpleNamespace(uid=0, pid=9, groups=frozenset())))
 
 
 # -- a host that changes
@@ -177,36 +185,36 @@ def test_a_grant_whose_file_cannot_be_written_is_none(node: Node, monkeypatch: p
     with monkeypatch.context() as disk:
         disk.setattr(ContractFiles, "write", fail)
         with pytest.raises(StoreError):
-            node.begin(digest, VM, PEER)
-    assert node.store.outstanding() == []
+            node.begin(digest, VM, ASKER)
+    assert node.store.leases.outstanding() == []
 
 
 def test_a_grant_that_cannot_be_stored_leaves_no_file(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = node.negotiate(V2, PEER).contract.digest
     with monkeypatch.context() as disk:
-        disk.setattr(SqliteStore, "begin", fail)
+        disk.setattr(Leases, "begin", fail)
         with pytest.raises(StoreError):
-            node.begin(digest, VM, PEER)
+            node.begin(digest, VM, ASKER)
     assert node.files.digests() == []
 
 
 def test_asked_again_the_file_is_there_again(node: Node) -> None:
     digest = node.negotiate(V2, PEER).contract.digest
-    path = Path(node.begin(digest, VM, PEER)[1])
+    path = Path(node.begin(digest, VM, ASKER)[1])
     content = path.read_bytes()
     path.unlink()
-    assert node.begin(digest, VM, PEER)[1] == str(path)
+    assert node.begin(digest, VM, ASKER)[1] == str(path)
     assert path.read_bytes() == content
 
 
 def test_a_vm_has_ended_though_its_file_stays(
     node: Node, trouble: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node.begin(node.negotiate(V2, PEER).contract.digest, VM, PEER)
+    node.begin(node.negotiate(V2, PEER).contract.digest, VM, ASKER)
     monkeypatch.setattr(ContractFiles, "remove", fail)
-    node.end(VM, PEER)
+    node.leases.end(node.lease(VM, PEER))
     assert trouble == ["no room"]
-    assert node.store.outstanding() == []
+    assert node.store.leases.outstanding() == []
 
 
 def test_only_contracts_are_taken_from_the_directory(tmp_path: Path) -> None:

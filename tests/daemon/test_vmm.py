@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 RECORDED = Path(__file__).parents[1] / "unit/data/intel-ice-lake.json"
 PEER = cast("Peer", SimpleNamespace(uid=1000, pid=7))
+ASKER = cast("Connection", SimpleNamespace(peer=PEER, on_closed=None))
 VM = "0b9f3c1e-5f0b-4a49-9d0e-6a1f2b3c4d5e"
 GIVEN = "kvm-msi-ext-dest-id"
 
@@ -40,7 +41,7 @@ def test_what_the_vmm_gives_is_granted(node: Node) -> None:
         node.negotiate(Request(require=(GIVEN,)), PEER)
     contract = node.negotiate(Request(require=(GIVEN,), vmm="qemu"), PEER).contract
     assert contract.granted.field(GIVEN)
-    grant, _path = node.begin(contract.digest, VM, PEER)
+    grant, _path = node.begin(contract.digest, VM, ASKER)
     assert grant.digest == contract.digest.removeprefix("sha256:")
 
 
@@ -48,7 +49,7 @@ def test_what_it_can_no_longer_give_is_stale(node: Node, host: Host) -> None:
     contract = node.negotiate(Request(require=(GIVEN,), vmm="qemu"), PEER).contract
     host.change("offer", "kvm:split-irqchip", "0x00000000")
     with pytest.raises(StaleOffer):
-        node.begin(contract.digest, VM, PEER)
+        node.begin(contract.digest, VM, ASKER)
 
 
 def test_a_contract_is_checked_for_the_vmm_that_would_run_it(node: Node, host: Host) -> None:

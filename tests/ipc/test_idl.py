@@ -60,7 +60,7 @@ def test_structures_of_inputs():
         declared |= {name: fields(alias.type) for name, alias in of_kind(interface, scanner._Alias).items()}
     assert {name: declared[name] for name in TYPES} == TYPES
     inputs = [kinds for methods in METHODS.values() for kinds in methods.values()]
-    used = {kind.lstrip("?[]") for kinds in inputs for kind in kinds.values()}
+    used = {kind.removeprefix("[string]").lstrip("?[]") for kinds in inputs for kind in kinds.values()}
     assert used - {"bool", "int", "float", "string", "object"} <= set(TYPES)
 
 
@@ -123,7 +123,8 @@ def test_errors_of_every_service():
 def test_the_client_has_a_method_for_each():
     names = {name for name, _ in inspect.getmembers(Client, inspect.isfunction)}
     for interface, methods in METHODS.items():
-        prefix = "fence_" if interface.endswith(".Fence") else ""
+        part = interface.removeprefix("org.kvmneg").removeprefix(".")
+        prefix = f"{part.lower()}_" if part and interface != "org.varlink.service" else ""
         for method in methods:
             assert prefix + re.sub(r"(?<=[a-z])(?=[A-Z])", "_", method).lower() in names
 

@@ -105,10 +105,10 @@ def test_every_exit_code_is_on_the_page() -> None:
         limits.CONNECTIONS,
         limits.CONNECTIONS_PER_UID,
         limits.WATCHERS,
-        limits.GRANTS,
-        limits.GRANTS_PER_UID,
+        limits.LEASES,
+        limits.LEASES_PER_UID,
         int(limits.FIRST_CALL_SECONDS),
-        int(limits.GRANT_UNSTARTED_SECONDS),
+        int(limits.LEASE_UNSTARTED_SECONDS),
     ],
 )
 def test_the_limits_on_the_page_are_the_limits(number: int) -> None:

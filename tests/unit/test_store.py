@@ -18,7 +18,7 @@ import pytest
 from kvmneg import limits
 from kvmneg.errors import GenerationMismatch, LimitExceeded, NotPinned, StoreError, UsageError
 from kvmneg.store import schema
-from kvmneg.store.interface import Audit, FenceRow, Grant, HistoryRow
+from kvmneg.store.interface import Audit, FenceRow, HistoryRow, Holder, Lease
 from kvmneg.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
@@ -36,8 +36,18 @@ def vm(number: int) -> str:
     return f"00000000-0000-4000-8000-{number:012x}"
 
 
-def grant(of: str = VM, digest: str = "a" * 64, uid: int = 1000, deadline: float = 600.0) -> Grant:
-    return Grant(of, digest, 0, uid, 42, "2026-11-21T06:00:00Z", deadline, "begun")
+def grant(of: str = VM, digest: str = "a" * 64, uid: int = 1000, deadline: float = 600.0) -> Lease:
+    return Lease(of, digest, 0, uid, 42, "2026-11-21T06:00:00Z", deadline, "begun")
+
+
+def held(store: SqliteStore, of: str = VM) -> Lease:
+    (found,) = store.leases.of(of)
+    return found
+
+
+def plain(lease: Lease) -> Lease:
+    """A lease without what the store gave it."""
+    return lease._replace(incarnation=0)
 
 
 @pytest.fixture
@@ -235,98 +245,160 @@ def test_a_wrong_digest_does_not_go_in(store: SqliteStore) -> None:
     assert store.generation() == 0
 
 
-# Contracts and grants
+# Contracts and leases
 
 
 def test_a_grant_runs_its_course(state: str) -> None:
     with SqliteStore(state) as store:
-        assert store.begin(grant(), b"contract") == grant()
-        assert store.grant(VM) == grant()
-        assert store.grant(vm(99)) is None
-        assert store.holds("a" * 64)
-        assert not store.holds("b" * 64)
-        assert store.outstanding() == [grant()]
+        assert plain(store.leases.begin(grant(), b"contract")) == grant()
+        assert plain(held(store)) == grant()
+        assert store.leases.of(vm(99)) == []
+        assert store.leases.holds("a" * 64)
+        assert not store.leases.holds("b" * 64)
+        first = held(store)
     with SqliteStore(state) as store:
-        assert store.contracts_outstanding() == [("a" * 64, b"contract")]
-        assert store.started(VM) == grant()._replace(state="started")
-        assert store.started(VM).state == "started"
-        assert store.outstanding() == [grant()._replace(state="started")]
-        assert store.end(VM)
-        assert not store.end(VM)
-        assert store.grant(VM) is None
-        assert not store.holds("a" * 64)
-        assert store.outstanding() == []
-        assert store.contracts_outstanding() == []
-        assert store.contract("a" * 64) == b"contract"  # for a while
-        assert store.contract("b" * 64) is None
-        with pytest.raises(UsageError) as caught:
-            store.started(VM)
-        assert caught.value.fields["vm"] == VM
-        store.begin(grant(digest="b" * 64), b"another")  # the same VM, next life
-        assert store.contracts_outstanding() == [("b" * 64, b"another")]
+        assert store.leases.outstanding() == [first]
+        assert store.leases.contracts_outstanding() == [("a" * 64, b"contract")]
+        runs = first._replace(state="started", boot="boot-1")
+        assert store.leases.started(first, "boot-1") == runs
+        assert store.leases.started(first, "boot-1").state == "started"
+        assert store.leases.outstanding() == [runs]
+        assert store.leases.end(first) == 1
+        assert store.leases.end(first) == 0
+        assert store.leases.of(VM) == []
+        assert not store.leases.holds("a" * 64)
+        assert store.leases.outstanding() == []
+        assert store.leases.contracts_outstanding() == []
+        assert store.leases.contract("a" * 64) == b"contract"  # for a while
+        assert store.leases.contract("b" * 64) is None
+        with pytest.raises(UsageError):
+            store.leases.started(first, "boot-1")
+        store.leases.begin(grant(digest="b" * 64), b"another")  # the same VM, next life
+        assert store.leases.contracts_outstanding() == [("b" * 64, b"another")]
+        assert held(store).incarnation > first.incarnation
+        assert store.leases.end(first) == 0  # what is said of the one before does not hit it
+        assert held(store).digest == "b" * 64
+
+
+def test_each_user_has_vms_of_their_own(store: SqliteStore) -> None:
+    store.leases.begin(grant(uid=1000), b"contract")
+    store.leases.begin(grant(uid=7, digest="b" * 64), b"another")  # whoever is first blocks nobody
+    assert [(one.uid, one.digest[0]) for one in store.leases.of(VM)] == [(7, "b"), (1000, "a")]
+
+
+def test_an_incarnation_is_never_used_again(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LEASES_FINISHED", 0)  # what has ended is forgotten at once
+    seen = set()
+    for _ in range(4):
+        lease = store.leases.begin(grant(), b"contract")
+        store.leases.end(lease)
+        seen.add(lease.incarnation)
+    assert len(seen) == 4
+
+
+def test_a_lease_ends_with_its_last_holder(store: SqliteStore) -> None:
+    old, new, other = Holder(10, 1, "process"), Holder(11, 2, "connection"), Holder(12, 3, "process")
+    lease = store.leases.begin(grant(), b"contract", old)
+    store.leases.hold(lease, new)
+    store.leases.hold(lease, new)  # again is once
+    with pytest.raises(LimitExceeded, match="HOLDERS_PER_LEASE"):
+        store.leases.hold(lease, other)
+    assert store.leases.holders() == {lease.incarnation: [old, new]}
+    assert store.leases.expire(1e12) == []  # held by a process, begun or not
+    assert store.leases.let_go([(lease.incarnation, other)]) == []  # it was none
+    assert store.leases.let_go([(lease.incarnation, old)]) == []
+    assert store.leases.speak_of(11, 2, "")
+    assert store.leases.let_go([(lease.incarnation, new), (lease.incarnation, new)]) == [lease.incarnation]
+    assert store.leases.outstanding() == [] and store.leases.holders() == {}
+    assert not store.leases.speak_of(11, 2, "")
+
+
+def test_a_saved_vm_counts_and_nobody_keeps_it(store: SqliteStore) -> None:
+    lease = store.leases.begin(grant(), b"contract", Holder(10, 1, "process"))
+    assert store.leases.saved(lease).state == "saved"
+    assert store.leases.holders() == {} and store.leases.expire(1e12) == []
+    assert [one.state for one in store.leases.outstanding()] == ["saved"]
+
+
+def test_what_a_vm_reported_is_kept_while_it_counts(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = store.leases.begin(grant(vm(1)), b"contract")
+    second = store.leases.begin(grant(vm(2)), b"contract")
+    store.leases.report(first, "c" * 64, b"more")
+    store.leases.report(second, "c" * 64, b"more")
+    store.leases.report(second, "d" * 64, b"less")
+    assert store.leases.reported() == {"c" * 64: b"more", "d" * 64: b"less"}
+    assert [one.reported for one in store.leases.outstanding()] == ["c" * 64, "d" * 64]
+    monkeypatch.setattr(limits, "LEASES_FINISHED", 0)
+    store.leases.end(first)
+    assert store.leases.reported() == {"d" * 64: b"less"}
+    rows = store._database.connection.execute("SELECT digest FROM reported_sets").fetchall()
+    assert rows == [("d" * 64,)]
 
 
 def test_begin_again_keeps_the_first_grant(store: SqliteStore) -> None:
-    store.begin(grant(), b"contract")
-    store.started(VM)
-    again = grant(uid=7, deadline=9999.0)
-    assert store.begin(again, b"contract") == grant()._replace(state="started")
-    assert synced_commits(store, lambda: store.begin(again, b"contract")) == 0
+    first = store.leases.begin(grant(), b"contract")
+    store.leases.started(first, "boot-1")
+    again = grant(deadline=9999.0)
+    runs = first._replace(state="started", boot="boot-1")
+    assert store.leases.begin(again, b"contract") == runs
+    assert synced_commits(store, lambda: store.leases.begin(again, b"contract")) == 0
 
 
 def test_a_vm_holds_one_contract(store: SqliteStore) -> None:
-    store.begin(grant(), b"contract")
+    store.leases.begin(grant(), b"contract")
     with pytest.raises(UsageError) as caught:
-        store.begin(grant(digest="b" * 64), b"another")
+        store.leases.begin(grant(digest="b" * 64), b"another")
     assert caught.value.fields == {"vm": VM, "held": "a" * 64, "asked": "b" * 64}
-    assert store.outstanding() == [grant()]
-    assert store.contract("b" * 64) is None
+    assert [plain(one) for one in store.leases.outstanding()] == [grant()]
+    assert store.leases.contract("b" * 64) is None
 
 
 def test_vms_share_a_contract_of_the_same_bytes_only(store: SqliteStore) -> None:
-    store.begin(grant(vm(1)), b"contract")
-    store.begin(grant(vm(2)), b"contract")
-    assert store.contracts_outstanding() == [("a" * 64, b"contract")]
+    store.leases.begin(grant(vm(1)), b"contract")
+    store.leases.begin(grant(vm(2)), b"contract")
+    assert store.leases.contracts_outstanding() == [("a" * 64, b"contract")]
     with pytest.raises(StoreError, match="other bytes"):
-        store.begin(grant(vm(3)), b"forged")
-    assert len(store.outstanding()) == 2
+        store.leases.begin(grant(vm(3)), b"forged")
+    assert len(store.leases.outstanding()) == 2
 
 
 @pytest.mark.parametrize("digest", ["A" * 64, "a" * 63, "../" + "a" * 61])
 def test_a_contract_digest_is_64_hex_digits(store: SqliteStore, digest: str) -> None:
     with pytest.raises(StoreError):  # it becomes a file's name
-        store.begin(grant(digest=digest), b"contract")
-    assert store.outstanding() == []
+        store.leases.begin(grant(digest=digest), b"contract")
+    assert store.leases.outstanding() == []
 
 
 def test_grants_are_limited_by_user_and_in_all(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "GRANTS_PER_UID", 2)
-    monkeypatch.setattr(limits, "GRANTS", 3)
-    store.begin(grant(vm(1)), b"contract")
-    store.begin(grant(vm(2)), b"contract")
-    store.started(vm(2))  # counts like one begun
+    monkeypatch.setattr(limits, "LEASES_PER_UID", 2)
+    monkeypatch.setattr(limits, "LEASES", 3)
+    store.leases.begin(grant(vm(1)), b"contract")
+    store.leases.begin(grant(vm(2)), b"contract")
+    store.leases.started(held(store, vm(2)), "")  # counts like one begun
     with pytest.raises(LimitExceeded) as caught:
-        store.begin(grant(vm(3)), b"contract")
-    assert caught.value.fields["limit"] == "GRANTS_PER_UID"
-    store.begin(grant(vm(3), uid=1001), b"contract")
+        store.leases.begin(grant(vm(3)), b"contract")
+    assert caught.value.fields["limit"] == "LEASES_PER_UID"
+    store.leases.begin(grant(vm(3), uid=1001), b"contract")
     with pytest.raises(LimitExceeded) as caught:
-        store.begin(grant(vm(4), uid=1002), b"contract")
-    assert caught.value.fields["limit"] == "GRANTS"
-    assert store.begin(grant(vm(1)), b"contract").vm == vm(1)  # the grant it has costs nothing
-    store.end(vm(1))
-    store.begin(grant(vm(4), uid=1002), b"contract")
+        store.leases.begin(grant(vm(4), uid=1002), b"contract")
+    assert caught.value.fields["limit"] == "LEASES"
+    assert store.leases.begin(grant(vm(1)), b"contract").vm == vm(1)  # the grant it has costs nothing
+    store.leases.end(held(store, vm(1)))
+    store.leases.begin(grant(vm(4), uid=1002), b"contract")
 
 
 def test_finished_grants_do_not_fill_the_disk(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "GRANTS_FINISHED", 2)
-    store.begin(grant(vm(99), "f" * 64), b"held throughout")
+    monkeypatch.setattr(limits, "LEASES_FINISHED", 2)
+    store.leases.begin(grant(vm(99), "f" * 64), b"held throughout")
     for number in range(5):
         digest = f"{number:064x}"
-        store.begin(grant(vm(number), digest), digest.encode())
-        store.end(vm(number))
-    kept = [store.contract(f"{number:064x}") is not None for number in range(5)]
+        store.leases.begin(grant(vm(number), digest), digest.encode())
+        store.leases.end(held(store, vm(number)))
+    kept = [store.leases.contract(f"{number:064x}") is not None for number in range(5)]
     assert kept == [False, False, False, True, True]
-    assert store.contracts_outstanding() == [("f" * 64, b"held throughout")]
+    assert store.leases.contracts_outstanding() == [("f" * 64, b"held throughout")]
     assert store._database.connection.execute("SELECT COUNT(*) FROM grants").fetchone() == (3,)
 
 
@@ -347,40 +419,40 @@ def test_the_indexes_serve_the_limits_and_the_clock(store: SqliteStore) -> None:
 
 
 def test_an_unstarted_grant_expires_once_and_for_good(store: SqliteStore) -> None:
-    store.begin(grant(vm(1), deadline=1600.0), b"contract")
-    store.begin(grant(vm(2), deadline=1500.0), b"contract")
-    store.begin(grant(vm(3), deadline=1500.0), b"contract")
-    store.started(vm(3))
-    assert store.expire(1499.9) == []
-    assert store.expire(1500.0) == [vm(2)]
-    assert store.expire(1000.0) == []  # the clock is set back: what expired stays so
+    store.leases.begin(grant(vm(1), deadline=1600.0), b"contract")
+    second = store.leases.begin(grant(vm(2), deadline=1500.0), b"contract")
+    store.leases.begin(grant(vm(3), deadline=1500.0), b"contract")
+    store.leases.started(held(store, vm(3)), "")
+    assert store.leases.expire(1499.9) == []
+    assert store.leases.expire(1500.0) == [vm(2)]
+    assert store.leases.expire(1000.0) == []  # the clock is set back: what expired stays so
     with pytest.raises(UsageError):
-        store.started(vm(2))
-    assert [one.vm for one in store.outstanding()] == [vm(1), vm(3)]
-    assert store.expire(1e12) == [vm(1)]
-    assert [one.vm for one in store.outstanding()] == [vm(3)]
+        store.leases.started(second, "")
+    assert [one.vm for one in store.leases.outstanding()] == [vm(1), vm(3)]
+    assert store.leases.expire(1e12) == [vm(1)]
+    assert [one.vm for one in store.leases.outstanding()] == [vm(3)]
 
 
 def test_a_clock_set_back_gives_at_most_one_more_term(store: SqliteStore) -> None:
-    term = limits.GRANT_UNSTARTED_SECONDS
-    store.begin(grant(deadline=1_000_000.0 + term), b"contract")
+    term = limits.LEASE_UNSTARTED_SECONDS
+    store.leases.begin(grant(deadline=1_000_000.0 + term), b"contract")
     back = 900_000.0
-    assert store.expire(back) == []
-    assert store.outstanding()[0].deadline == back + term
-    assert store.expire(back + term - 1) == []  # not a second early
-    assert store.expire(back + term) == [VM]
+    assert store.leases.expire(back) == []
+    assert store.leases.outstanding()[0].deadline == back + term
+    assert store.leases.expire(back + term - 1) == []  # not a second early
+    assert store.leases.expire(back + term) == [VM]
 
 
 def test_a_clock_once_ahead_does_not_count_against_younger_grants(store: SqliteStore) -> None:
-    assert store.expire(1e12) == []
-    store.begin(grant(deadline=1000.0 + limits.GRANT_UNSTARTED_SECONDS), b"contract")
-    assert store.expire(1001.0) == []
-    assert store.outstanding()[0].deadline == 1000.0 + limits.GRANT_UNSTARTED_SECONDS
+    assert store.leases.expire(1e12) == []
+    store.leases.begin(grant(deadline=1000.0 + limits.LEASE_UNSTARTED_SECONDS), b"contract")
+    assert store.leases.expire(1001.0) == []
+    assert store.leases.outstanding()[0].deadline == 1000.0 + limits.LEASE_UNSTARTED_SECONDS
 
 
 def test_nothing_is_written_when_nothing_is_due(store: SqliteStore) -> None:
-    store.begin(grant(deadline=600.0), b"contract")
-    assert synced_commits(store, lambda: store.expire(1.0)) == 0
+    store.leases.begin(grant(deadline=600.0), b"contract")
+    assert synced_commits(store, lambda: store.leases.expire(1.0)) == 0
 
 
 # Reports

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""org.kvmneg.Guests: each method of the .varlink file, in a few lines on the node and its leases."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from kvmneg.errors import Blocked, UsageError
+from kvmneg.policy import negotiation
+from kvmneg.policy.request import Request
+from kvmneg.service.node import uuid
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from kvmneg.policy.contract import Contract
+    from kvmneg.service.connection import Connection
+    from kvmneg.service.interfaces import Handler
+    from kvmneg.service.node import Node
+    from kvmneg.store.interface import Lease
+
+
+def handlers(node: Node) -> dict[str, Handler]:
+    """Every method, by its full name."""
+    return {
+        f"org.kvmneg.Guests.{name}": partial(function, node)
+        for name, function in (
+            ("List", _list),
+            ("Report", _report),
+            ("Saved", _saved),
+            ("Handover", _hand_over),
+            ("Receive", _receive),
+            ("Import", _import),
+            ("Waive", _waive),
+        )
+    }
+
+
+def _lease(node: Node, connection: Connection, given: dict[str, Any]) -> Lease:
+    return node.lease(given["vm"], connection.peer, given.get("incarnation"))
+
+
+def _list(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "guests": node.leases.to_json(),
+        "unknown": [one.to_json() for one in node.unknown.all()],
+        "missed": node.unknown.missed() or None,
+    }
+
+
+def _report(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
+    from kvmneg.features import words
+    from kvmneg.features.featureset import FeatureSet
+
+    lease = _lease(node, connection, given)
+    values = {word: words.parse_value(words.check(word), text) for word, text in given["words"].items()}
+    applied = FeatureSet.of(node.report.architecture, values)
+    exceeds = node.leases.report(lease, applied)
+    return {"digest": applied.digest(), "exceeds": [blocker.to_varlink() for blocker in exceeds]}
+
+
+def _saved(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
+    node.leases.saved(_lease(node, connection, given))
+    return {}
+
+
+def _hand_over(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
+    lease = _lease(node, connection, given)
+    holder = node.leases.holder(connection, given.get("hold"), given.get("pid"))
+    if holder is None:
+        raise UsageError("a handover needs who is to keep the lease", hint="give hold or pid")
+    node.leases.hand_over(lease, connection, holder)
+    return {"incarnation": lease.incarnation}
+
+
+def _receive(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
+    holder = node.leases.holder(connection, given.get("hold"), given.get("pid"))
+    contract = _contract(given["contract"])
+    held = node.leases.held(uuid(given["vm"]), contract.digest.removeprefix("sha256:"), connection, holder)
+    if held is None:  # else a migration inside this host, or asked twice
+        node.refresh(fresh=True)
+        blockers = negotiation.check(contract, node.report, given.get("vmm"))
+        if blockers:
+            raise Blocked(f"host {node.report.host} cannot take this guest", blockers)
+        held = node.leases.begin(contract, uuid(given["vm"]), node.generation, connection, holder=holder)
+    lease, path = held
+    return {"digest": contract.digest, "path": path, "incarnation": lease.incarnation}
+
+
+def _contract(document: dict[str, Any]) -> Contract:
+    from kvmneg.policy.contract import Contract
+
+    return Contract.from_json(document)
+
+
+def _import(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
+    from kvmneg.service.interfaces import audit
+
+    record = audit(connection, "import a guest", given["reason"])
+    if given["pid"] not in {one.process.pid for one in node.unknown.all()}:
+        raise UsageError(
+            f"process {given['pid']} has no VM that is unknown", hint="`kvmneg guests` lists them"
+        )
+    if "contract" in given:
+        contract = _contract(given["contract"])
+    else:  # nobody knows what it has: what it could have at most
+        contract = negotiation.negotiate(Request(maximum=True), node.report).contract
+    holder = node.leases.holder(connection, None, given["pid"])
+    lease, _ = node.leases.begin(
+        contract, uuid(given["vm"]), node.generation, connection, holder=holder, audit=record
+    )
+    node.leases.started(lease)
+    return {"digest": "sha256:" + lease.digest, "incarnation": lease.incarnation}
+
+
+def _waive(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
+    from kvmneg.service.interfaces import audit
+
+    node.unknown.waive(given["pid"], audit(connection, "waive a guest", given["reason"]), node.generation)
+    return {}
