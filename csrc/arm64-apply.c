@@ -10,6 +10,8 @@
 #include "arm64.h"
 #include "contract.h"
 
+#define REVISIONS (GICD_IIDR_REVISION_MASK >> GICD_IIDR_REVISION_SHIFT) /* the highest there is room for */
+
 /* What was wanted, of which register, and how far it came. Returns `r`. */
 static int failed(struct kvmneg_failure *failure, const struct kvmneg_register *wanted, uint32_t stage, uint32_t why,
                   uint64_t got, int r) {
@@ -25,6 +27,8 @@ static int failed(struct kvmneg_failure *failure, const struct kvmneg_register *
                         kvmneg_internal_number_word(failure->word, "arm64:", wanted->id);
                 else if (stage == KVMNEG_STAGE_INIT)
                         kvmneg_internal_text_word(failure->word, "arm:vcpu-features");
+                else if (stage != KVMNEG_STAGE_VM)
+                        kvmneg_internal_text_word(failure->word, "arm:vgic-revision");
         }
         return r;
 }
@@ -119,9 +123,9 @@ int kvmneg_arm_vm_apply(int vm_fd, const struct kvmneg_register *registers, uint
         return 0;
 }
 
-int kvmneg_arm_vcpu_init(int vm_fd, int vcpu_fd, uint32_t features, const struct kvmneg_register *registers,
+int kvmneg_arm_vcpu_init(int vm_fd, int vcpu_fd, uint64_t features, const struct kvmneg_register *registers,
                          uint32_t count, struct kvmneg_failure *failure, struct kvmneg_trace *trace) {
-        struct kvmneg_register wanted = { .value = features, .mask = UINT32_MAX };
+        struct kvmneg_register wanted = { .value = features, .mask = UINT64_MAX };
         struct kvmneg_vcpu_init init;
         int r;
 
@@ -129,7 +133,8 @@ int kvmneg_arm_vcpu_init(int vm_fd, int vcpu_fd, uint32_t features, const struct
                 return -E2BIG;
         r = kvmneg_get_preferred_target(vm_fd, &init, trace);
         if (r >= 0) {
-                init.features[0] = features;
+                init.features[0] = (uint32_t) features;
+                init.features[1] = (uint32_t) (features >> 32);
                 r = ioctl_pointer(vcpu_fd, KVM_ARM_VCPU_INIT, &init, trace);
         }
         if (r < 0)
@@ -137,7 +142,7 @@ int kvmneg_arm_vcpu_init(int vm_fd, int vcpu_fd, uint32_t features, const struct
         r = write_stage(vcpu_fd, registers, count, KVMNEG_STAGE_INIT, failure, trace);
         if (r < 0)
                 return r;
-        r = kvmneg_internal_finalize(vcpu_fd, features, trace);
+        r = kvmneg_internal_finalize(vcpu_fd, (uint32_t) features, trace);
         if (r == -EPERM) /* final already, with the lengths that were just compared: the same call, made again */
                 r = 0;
         return r < 0 ? failed(failure, &wanted, KVMNEG_STAGE_INIT, why(SVE_VLS, r), 0, r) : 0;
@@ -191,23 +196,45 @@ int kvmneg_arm_vcpu_verify(int vcpu_fd, const struct kvmneg_register *registers,
         return 0;
 }
 
-int kvmneg_arm_vgic_apply(int vgic_fd, uint32_t revision, struct kvmneg_failure *failure, struct kvmneg_trace *trace) {
-        struct kvmneg_register wanted = { .value = (uint64_t) revision << GICD_IIDR_REVISION_SHIFT,
-                                          .mask = GICD_IIDR_REVISION_MASK };
-        uint32_t now = 0, got = 0;
-        int r = kvmneg_internal_get_iidr(vgic_fd, &now, trace);
+/* GICD_IIDR.Revision alone, as a number. */
+static int get_revision(int vgic_fd, uint32_t *ret_iidr, uint32_t *ret_revision, struct kvmneg_trace *trace) {
+        int r = kvmneg_internal_get_iidr(vgic_fd, ret_iidr, trace);
 
-        if (revision > GICD_IIDR_REVISION_MASK >> GICD_IIDR_REVISION_SHIFT)
+        if (r >= 0)
+                *ret_revision = (*ret_iidr & GICD_IIDR_REVISION_MASK) >> GICD_IIDR_REVISION_SHIFT;
+        return r;
+}
+
+int kvmneg_arm_vgic_apply(int vgic_fd, uint32_t revision, struct kvmneg_failure *failure, struct kvmneg_trace *trace) {
+        struct kvmneg_register wanted = { .value = revision, .mask = REVISIONS };
+        uint32_t iidr = 0, now = 0;
+        int r;
+
+        if (revision > REVISIONS)
                 return -EINVAL;
-        if (r >= 0 && (now & GICD_IIDR_REVISION_MASK) == wanted.value)
+        r = get_revision(vgic_fd, &iidr, &now, trace);
+        if (r >= 0 && now == revision)
                 return 0;
+        if (r >= 0) {
+                iidr = (iidr & ~GICD_IIDR_REVISION_MASK) | revision << GICD_IIDR_REVISION_SHIFT;
+                r = kvmneg_internal_set_iidr(vgic_fd, iidr, trace);
+        }
         if (r >= 0)
-                r = kvmneg_internal_set_iidr(vgic_fd, (now & ~GICD_IIDR_REVISION_MASK) | (uint32_t) wanted.value, trace);
-        if (r >= 0)
-                r = kvmneg_internal_get_iidr(vgic_fd, &got, trace);
+                r = get_revision(vgic_fd, &iidr, &now, trace);
         if (r < 0)
                 return failed(failure, &wanted, KVMNEG_STAGE_VGIC, why(0, r), now, r);
-        if ((got ^ wanted.value) & wanted.mask)
-                return failed(failure, &wanted, KVMNEG_STAGE_VGIC, KVMNEG_DROPPED, got, -EBADE);
-        return 0;
+        return now == revision ? 0 : failed(failure, &wanted, KVMNEG_STAGE_VGIC, KVMNEG_DROPPED, now, -EBADE);
+}
+
+int kvmneg_arm_vgic_verify(int vgic_fd, uint32_t revision, struct kvmneg_failure *failure, struct kvmneg_trace *trace) {
+        struct kvmneg_register wanted = { .value = revision, .mask = REVISIONS };
+        uint32_t iidr, now = 0;
+        int r;
+
+        if (revision > REVISIONS)
+                return -EINVAL;
+        r = get_revision(vgic_fd, &iidr, &now, trace);
+        if (r < 0)
+                return failed(failure, &wanted, KVMNEG_STAGE_VERIFY, why(0, r), 0, r);
+        return now == revision ? 0 : failed(failure, &wanted, KVMNEG_STAGE_VERIFY, KVMNEG_DIFFERS, now, -EBADE);
 }

@@ -34,22 +34,6 @@ void kvmneg_internal_bound_cpuid(const struct kvmneg_contract *contract, uint32_
 int kvmneg_internal_apply_msrs(const struct kvmneg_contract *contract, int vcpu_fd, bool write,
                                struct kvmneg_failure *failure, struct kvmneg_trace *trace);
 
-/* Every capability of a contract against what this VM's KVM answers. */
-int kvmneg_internal_check_capabilities(const struct kvmneg_contract *contract, int vm_fd, struct kvmneg_failure *failure,
-                                       struct kvmneg_trace *trace);
-
-/* What a contract grants of a capability, 0 where it does not name it. */
-uint64_t kvmneg_internal_granted(const struct kvmneg_contract *contract, const char *name);
-
-/* Fills in `failure`, which may be NULL, but for its word. Returns `r`. */
-static inline int fail(struct kvmneg_failure *failure, struct kvmneg_failure what, int r) {
-        if (failure) {
-                what.error = r;
-                *failure = what;
-        }
-        return r;
-}
-
 /* Why KVM said no. */
 static inline uint32_t why_refused(int r) {
         if (r == -EBUSY)

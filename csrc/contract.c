@@ -131,7 +131,7 @@ void kvmneg_contract_describe(const struct kvmneg_contract *contract, struct kvm
                 .portable = contract->counts[PORTABLE],
                 .flags = contract->counts[FLAGS],
                 .tsc_khz = (uint32_t) tsc == tsc >> 32 ? (uint32_t) tsc : 0,
-                .vcpu_features = (uint32_t) contract->features,
+                .vcpu_features = contract->features,
         };
         memcpy(ret_info->fence, header->fence, sizeof(ret_info->fence));
         memcpy(ret_info->digest, header->digest, sizeof(ret_info->digest));

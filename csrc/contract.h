@@ -85,3 +85,31 @@ void kvmneg_internal_cpuid_word(word_text ret_word, uint32_t space, uint32_t fun
 void kvmneg_internal_number_word(word_text ret_word, const char *kind, uint64_t number);
 void kvmneg_internal_name_word(word_text ret_word, const char name[static CAPABILITY_NAME]);
 void kvmneg_internal_text_word(word_text ret_word, const char *word);
+
+/* How an answer to KVM_CHECK_EXTENSION has to compare: it has every bound bit that is granted, or is as large a number. */
+enum compared { BITS, MINIMUM };
+
+/* The capabilities that this architecture's contracts may have, in the order of names without "kvm:". */
+struct known_capability {
+        const char *name;
+        uint32_t number;
+        enum compared how;
+};
+extern const struct known_capability kvmneg_internal_capabilities[];
+extern const size_t kvmneg_internal_capability_count;
+
+/* Every capability of a contract against what this VM's KVM answers. */
+int kvmneg_internal_check_capabilities(const struct kvmneg_contract *contract, int vm_fd, struct kvmneg_failure *failure,
+                                       struct kvmneg_trace *trace);
+
+/* What a contract grants of a capability, 0 where it does not name it. */
+uint64_t kvmneg_internal_granted(const struct kvmneg_contract *contract, const char *name);
+
+/* Fills in `failure`, which may be NULL, but for its word. Returns `r`. */
+static inline int fail(struct kvmneg_failure *failure, struct kvmneg_failure what, int r) {
+        if (failure) {
+                what.error = r;
+                *failure = what;
+        }
+        return r;
+}

@@ -149,7 +149,8 @@ struct kvmneg_contract_info {
         uint32_t portable;
         uint32_t flags;
         uint32_t tsc_khz;          /* the rate that the guest's TSC is pinned to, 0: none */
-        uint32_t vcpu_features;    /* arm64: for KVM_ARM_VCPU_INIT, bit n: KVM_ARM_VCPU_* number n */
+        uint32_t padding;
+        uint64_t vcpu_features;    /* arm64: for KVM_ARM_VCPU_INIT, bit n: KVM_ARM_VCPU_* number n */
 };
 
 void kvmneg_contract_describe(const struct kvmneg_contract *contract, struct kvmneg_contract_info *ret_info);
@@ -185,6 +186,25 @@ struct kvmneg_portable {
 /* The portable state, in the order of ids. It lives as long as the contract. */
 const struct kvmneg_portable *kvmneg_contract_portable(const struct kvmneg_contract *contract, uint32_t *ret_count);
 
+struct kvmneg_failure;
+
+/*
+ * What to do with one register of a guest that comes from another host with its contract. Asked where it arrives: what
+ * is listed there is set, whatever its rule, and the rules are for what is not. What the contract does not name was not
+ * listed where the guest began, but on a host that it visited since: it is no part of the guest's state. A contract
+ * without portable state lets nothing be left out.
+ *   id, value      the register, and what it held (no register wider than 64 bits can be left out)
+ *   timer_control  what CNTP_CTL_EL0 (0x603000000013df11) of the same vCPU held, 1 where it did not come
+ *   listed         whether KVM_GET_REG_LIST (api.rst 4.84) of the vCPU that it is for has it
+ * Returns 1: set it; 0: leave it out, the guest cannot tell; or
+ *   -ENOENT   KVM here does not have it, and the contract does not let it be left out
+ *   -EBADE    nor with what it holds: `failure`, which may be NULL, has in `got` the value with which it could be
+ *   -ENOEXEC  not a contract of arm64
+ * In both of the first `failure` says which register. No KVM is involved: any host may judge a contract of arm64.
+ */
+int kvmneg_judge_register(const struct kvmneg_contract *contract, uint64_t id, uint64_t value, uint64_t timer_control,
+                          int listed, struct kvmneg_failure *failure);
+
 /* -- giving a VM what a contract says ------------------------------------------------------------------- */
 
 enum {
@@ -196,12 +216,13 @@ enum {
         KVMNEG_STAGE_FIRMWARE, /* arm64: workarounds, PSCI_VERSION, hypercall bitmaps */
         KVMNEG_STAGE_VGIC,     /* arm64: GICD_IIDR */
         KVMNEG_STAGE_VERIFY,   /* everything read back */
-        KVMNEG_STAGE_CHECK,    /* x86: what KVM has to have, and what the VMM asks for */
+        KVMNEG_STAGE_CHECK,    /* what KVM has to have, and what the VMM asks for */
         KVMNEG_STAGE_XSAVE,    /* x86: permission for XSAVE components on demand (ARCH_REQ_XCOMP_GUEST_PERM) */
         KVMNEG_STAGE_TSC,      /* x86: the TSC's rate */
         KVMNEG_STAGE_CPUID,    /* x86: KVM_SET_CPUID2, and read back */
         KVMNEG_STAGE_MSR,      /* x86: feature MSRs, and read back */
         KVMNEG_STAGE_ENFORCE,  /* x86: hidden paravirtual features and enlightenments are refused to the guest */
+        KVMNEG_STAGE_STATE,    /* arm64: the registers of a guest that comes from another host */
 };
 
 enum {
@@ -217,7 +238,7 @@ enum {
 
 /* What went wrong with one word. Written only where a function fails because of a word. */
 struct kvmneg_failure {
-        uint64_t id;      /* arm64: the register, 0 for the features of KVM_ARM_VCPU_INIT, or GICD_IIDR in its stage.
+        uint64_t id;      /* arm64: the register, 0 for the features of KVM_ARM_VCPU_INIT and the vGIC's revision.
                              x86: the MSR's index, or the leaf and, in the low half, the subleaf */
         uint64_t asked;
         uint64_t mask;    /* the bits that are bound and were compared */
@@ -249,10 +270,15 @@ struct kvmneg_cpuid;
  *                x86: every capability of the contract is asked for; XSAVE components on demand are permitted; the TSC
  *                rate where KVM sets it for a VM (api.rst 4.55); the PMU off where the guest is shown none (8.35);
  *                `choices`
- *                arm64: MIDR, REVIDR and AIDR may be written if they are bound (8.43)
+ *                arm64: the same of capabilities; MIDR, REVIDR and AIDR may be written if they are bound (8.43)
  *   vcpu_init    after KVM_CREATE_VCPU, each vCPU.
  *                x86: KVM_SET_TSC_KHZ (4.55) unless the rate is there
- *                arm64: KVM_ARM_VCPU_INIT (4.82) with the contract's features, SVE_VLS, KVM_ARM_VCPU_FINALIZE (4.119)
+ *                arm64: KVM_ARM_VCPU_INIT (4.82) with the contract's features, SVE_VLS, KVM_ARM_VCPU_FINALIZE (4.119).
+ *                No contract has KVM_ARM_VCPU_POWER_OFF: a vCPU that waits for PSCI CPU_ON gets
+ *                KVM_SET_MP_STATE (4.39) with KVM_MP_STATE_STOPPED afterwards. Made again it resets the vCPU, as
+ *                KVM_ARM_VCPU_INIT does: general and system registers have the values of a reset, ID registers what
+ *                they were given. An exit that is pending has to be completed before (immediate_exit, section 5):
+ *                else KVM passes over the first instruction
  *   vcpu_apply   each vCPU; on arm64 after the vGIC is created and KVM_ARM_VCPU_PMU_V3_SET_PMU.
  *                x86: KVM_SET_CPUID2 (4.20) with `cpuid` clamped (kvmneg_clamp_cpuid), feature MSRs by KVM_SET_MSRS
  *                (4.19) and KVM_X86_SETUP_MCE (4.105), both read back; KVM_CAP_ENFORCE_PV_FEATURE_CPUID (8.28) and
@@ -260,12 +286,16 @@ struct kvmneg_cpuid;
  *                id 0, no topology, no names
  *                arm64: every other register, then verify; `cpuid` is NULL
  *   vcpu_verify  reads only: after vcpu_apply, and again after the first run
+ *   vgic_apply   arm64, where the VM has a vGIC: after its KVM_DEV_ARM_VGIC_CTRL_INIT, before any other of its
+ *                registers: GICD_IIDR.Revision, read back
+ *   vgic_verify  reads it
  *
  * Read back are the bits that are bound, and of a CPUID register that is bound in part also that it has nothing else
  * but what is the VMM's. What KVM writes by itself is left out: OSXSAVE, OSPKE, APIC, MONITOR, sizes of XSAVE areas.
  *
- * A register that is as it should be is not written, so the same calls with the same bytes may be made again at any
- * time, and a vCPU that is plugged in later gets the same three. Of `cpuid` this is so while its own part is the same.
+ * What is as it should be is not written, so the same calls with the same bytes may be made again at any time (but for
+ * what vcpu_init does to a vCPU of arm64), and a vCPU that is plugged in later gets the same three. Of `cpuid` this is so
+ * while its own part is the same.
  *
  *   -ENOEXEC     the contract is one of the other architecture
  *   -EBADE, -EINVAL, -ENOENT, -EOPNOTSUPP, ...  `failure` says which word
@@ -278,6 +308,12 @@ int kvmneg_vcpu_apply(const struct kvmneg_contract *contract, int vcpu_fd, const
                       struct kvmneg_failure *failure, struct kvmneg_trace *trace);
 int kvmneg_vcpu_verify(const struct kvmneg_contract *contract, int vcpu_fd, struct kvmneg_failure *failure,
                        struct kvmneg_trace *trace);
+#if defined(__aarch64__)
+int kvmneg_vgic_apply(const struct kvmneg_contract *contract, int vgic_fd, struct kvmneg_failure *failure,
+                      struct kvmneg_trace *trace);
+int kvmneg_vgic_verify(const struct kvmneg_contract *contract, int vgic_fd, struct kvmneg_failure *failure,
+                       struct kvmneg_trace *trace);
+#endif
 
 #if defined(__x86_64__)
 /* -- x86 ----------------------------------------------------------------------------------------------- */
@@ -596,16 +632,17 @@ struct kvmneg_register {
  *   vcpu_init    after KVM_CREATE_VCPU, each vCPU: KVM_ARM_VCPU_INIT (api.rst 4.82) with the preferred target and
  *                `features`, SVE_VLS, KVM_ARM_VCPU_FINALIZE (api.rst 4.119)
  *   vcpu_apply   after the vGIC is created and KVM_ARM_VCPU_PMU_V3_SET_PMU, each vCPU: everything else, then verify
- *   vgic_apply   after KVM_DEV_ARM_VGIC_CTRL_INIT, before other vGIC registers: GICD_IIDR.Revision
+ *   vgic_apply   after KVM_DEV_ARM_VGIC_CTRL_INIT, before other vGIC registers: GICD_IIDR.Revision; vgic_verify reads it
  *   vcpu_verify  reads only: after vcpu_apply, and again after the first run, at which KVM changes ID registers
  */
 int kvmneg_arm_vm_apply(int vm_fd, const struct kvmneg_register *registers, uint32_t count,
                         struct kvmneg_failure *failure, struct kvmneg_trace *trace);
-int kvmneg_arm_vcpu_init(int vm_fd, int vcpu_fd, uint32_t features, const struct kvmneg_register *registers,
+int kvmneg_arm_vcpu_init(int vm_fd, int vcpu_fd, uint64_t features, const struct kvmneg_register *registers,
                          uint32_t count, struct kvmneg_failure *failure, struct kvmneg_trace *trace);
 int kvmneg_arm_vcpu_apply(int vcpu_fd, const struct kvmneg_register *registers, uint32_t count,
                           struct kvmneg_failure *failure, struct kvmneg_trace *trace);
 int kvmneg_arm_vgic_apply(int vgic_fd, uint32_t revision, struct kvmneg_failure *failure, struct kvmneg_trace *trace);
+int kvmneg_arm_vgic_verify(int vgic_fd, uint32_t revision, struct kvmneg_failure *failure, struct kvmneg_trace *trace);
 int kvmneg_arm_vcpu_verify(int vcpu_fd, const struct kvmneg_register *registers, uint32_t count,
                            struct kvmneg_failure *failure, struct kvmneg_trace *trace);
 #endif

@@ -7,6 +7,7 @@ KVM answers EIO to any process but the one that made the VM. The order, on eithe
     held.vm(vm_fd)                       before the first vCPU
     held.vcpu_init(vm_fd, vcpu_fd)       each vCPU; on arm64 then the vGIC and KVM_ARM_VCPU_PMU_V3_SET_PMU
     held.vcpu(vcpu_fd, cpuid)            each vCPU; `cpuid` is the VMM's own table, of x86
+    held.vgic(vgic_fd)                   of arm64, after KVM_DEV_ARM_VGIC_CTRL_INIT
     held.verify(vcpu_fd)                 now, and after the first run
 
 Each raises NotApplied at the first word that fails. A vCPU that is plugged in later gets the same calls.
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 
 STAGES = (
     "", "vm", "init", "pmu", "id", "cache", "firmware", "vgic", "verify",
-    "check", "xsave", "tsc", "cpuid", "msr", "enforce",
+    "check", "xsave", "tsc", "cpuid", "msr", "enforce", "state",
 )  # fmt: skip
 """KVMNEG_STAGE_*, by number."""
 REASONS = ("", "refused", "missing", "too late", "dropped", "differs", "failed", "outside", "unknown")
 """KVMNEG_REFUSED and the others, by number."""
 
 
-def call(function: Callable[..., int], *arguments: Any) -> None:
+def call(function: Callable[..., int], *arguments: Any) -> int:
     """Call one of libkvmneg's functions that end in a failure and a trace. Raises NotApplied with what failed.
 
     Its fields: word ("" where KVM does not say which), register (arm64's id; of x86 the MSR, or the leaf and subleaf),
@@ -43,15 +44,14 @@ def call(function: Callable[..., int], *arguments: Any) -> None:
     failure, trace = ffi.new("struct kvmneg_failure *"), ffi.new("struct kvmneg_trace *")
     r = function(*arguments, failure, trace)
     if r >= 0:
-        return
+        return r
     import os  # only here
 
     stage, why = STAGES[failure.stage], REASONS[failure.why] or "failed"
     word = ffi.string(failure.word).decode()
     name = lib.kvmneg_ioctl_name(failure.request) if failure.request else ffi.NULL
-    what = word or ("the vGIC" if stage == "vgic" else "the whole")
     raise NotApplied(
-        f"{what}: {why} ({stage or 'arguments'}): asked {failure.asked:#x} under {failure.mask:#x}, "
+        f"{word or 'the whole'}: {why} ({stage or 'arguments'}): asked {failure.asked:#x} under {failure.mask:#x}, "
         f"has {failure.got:#x}: {os.strerror(-r)}",
         word=word,
         register=failure.id,
@@ -158,6 +158,25 @@ class Applied:
     def verify(self, vcpu_fd: int) -> None:
         """kvmneg_vcpu_verify."""
         call(lib.kvmneg_vcpu_verify, self._held, vcpu_fd)
+
+    def vgic(self, vgic_fd: int) -> None:
+        """kvmneg_vgic_apply, of arm64."""
+        call(lib.kvmneg_vgic_apply, self._held, vgic_fd)
+
+    def verify_vgic(self, vgic_fd: int) -> None:
+        """kvmneg_vgic_verify, of arm64."""
+        call(lib.kvmneg_vgic_verify, self._held, vgic_fd)
+
+    def takes(self, register: int, value: int, *, timer_control: int, listed: bool) -> bool:
+        """Whether a register of an arm64 guest that comes here is set, or left out (kvmneg_judge_register).
+
+        Raises NotApplied where it is neither. Works on any host.
+        """
+
+        def judge(*given: Any) -> int:
+            return int(lib.kvmneg_judge_register(*given[:-1]))  # no ioctl, so no trace
+
+        return call(judge, self._held, register, value, timer_control, listed) == 1
 
     def clamp(
         self, cpuid: Sequence[CpuidEntry], capacity: int = limits.CPUID_ENTRIES

@@ -8,8 +8,10 @@ KVM answers EIO to any process but the one that made the VM. The order, with the
     apply_vcpu(vcpu, registers)                  each vCPU
     apply_vgic(vgic, revision)                   after KVM_DEV_ARM_VGIC_CTRL_INIT
     verify_vcpu(vcpu, registers)                 now, and after the first run
+    verify_vgic(vgic, revision)                  the same
 
-A vCPU that is plugged in later gets the same calls. Each raises NotApplied at the first register that fails.
+A vCPU that is plugged in later gets the same calls; init_vcpu resets one that ran. Each raises NotApplied at the first
+register that fails.
 """
 
 from __future__ import annotations
@@ -67,3 +69,8 @@ def apply_vgic(vgic: int, revision: int) -> None:
 def verify_vcpu(vcpu: int, registers: Sequence[Register]) -> None:
     """Reads everything back and writes nothing (kvmneg_arm_vcpu_verify)."""
     call(lib.kvmneg_arm_vcpu_verify, vcpu, *_array(registers))
+
+
+def verify_vgic(vgic: int, revision: int) -> None:
+    """Reads GICD_IIDR.Revision and writes nothing (kvmneg_arm_vgic_verify)."""
+    call(lib.kvmneg_arm_vgic_verify, vgic, revision)

@@ -10,16 +10,27 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmneg.errors import NotApplied
+from kvmneg.features.featureset import FeatureSet
 from kvmneg.host import measure
 from kvmneg.host.apply import Applied
-from kvmneg.host.apply_arm64 import Register, apply_vcpu, apply_vgic, apply_vm, init_vcpu, verify_vcpu
+from kvmneg.host.apply_arm64 import (
+    Register,
+    apply_vcpu,
+    apply_vgic,
+    apply_vm,
+    init_vcpu,
+    verify_vcpu,
+    verify_vgic,
+)
 from kvmneg.policy import negotiation
+from kvmneg.policy.contract import Contract
 from kvmneg.policy.request import Request
 
 from .arm64_facts import AA64, MMFR2, Facts, facts, nibbles
 from .arm64_guest import (
     CALLS,
     MIDR,
+    PC,
     PMCR,
     PMU_V3,
     PSCI_0_2,
@@ -34,6 +45,7 @@ from .arm64_guest import (
     Vm,
     reads,
     set_attribute,
+    x,
 )
 
 if TYPE_CHECKING:
@@ -253,10 +265,19 @@ def test_vgic_revision(kvm: Kvm, found: Facts) -> None:
         for revision in range(16):
             if found.probe.vgic_revisions >> revision & 1:
                 apply_vgic(vgic, revision)
+                verify_vgic(vgic, revision)
+                differs = fault(verify_vgic, vgic, revision ^ 1)
+                assert (differs["word"], differs["stage"], differs["why"]) == (
+                    "arm:vgic-revision",
+                    "verify",
+                    "differs",
+                )
+                assert (differs["asked"], differs["mask"], differs["got"]) == (revision ^ 1, 0xF, revision)
             else:
                 told = fault(apply_vgic, vgic, revision)
                 dropped = found.probe.vgic_revisions_dropped >> revision & 1
                 assert told["why"] == ("dropped" if dropped else "refused"), revision
+                assert (told["word"], told["asked"], told["mask"]) == ("arm:vgic-revision", revision, 0xF)
 
 
 def test_a_vcpu_that_is_plugged_in_later(kvm: Kvm, found: Facts) -> None:
@@ -303,6 +324,8 @@ def test_a_contract_of_this_host_by_the_names_of_both_architectures(kvm: Kvm) ->
         vgic = vm.vgic()
         held.vcpu(vcpu.fd)
         assert set_attribute(vgic, 4, 0) == 0
+        held.vgic(vgic)
+        verify_vgic(vgic, contract.granted.value("arm:vgic-revision"))
         held.verify(vcpu.fd)
         vm.load(reads(MMFR2))
         (seen,) = vcpu.run()
@@ -310,7 +333,10 @@ def test_a_contract_of_this_host_by_the_names_of_both_architectures(kvm: Kvm) ->
         value, mask = bound.get(f"arm64:{MMFR2:#x}", (0, 0))
         assert seen & mask == value
         held.verify(vcpu.fd)
+        held.verify_vgic(vgic)
         held.vcpu(vcpu.fd)
+        held.vm(vm.fd)
+        held.vgic(vgic)
 
 
 def test_a_word_that_differs_is_named(kvm: Kvm, found: Facts) -> None:
@@ -318,3 +344,85 @@ def test_a_word_that_differs_is_named(kvm: Kvm, found: Facts) -> None:
         vcpu = vm.vcpu(PSCI_0_2)
         told = fault(verify_vcpu, vcpu.fd, [Register(PSCI_VERSION, 0x2, EVERY)])
         assert told["word"] == f"arm64:{PSCI_VERSION:#x}"
+
+
+def granting(**words: int) -> Applied:
+    """libkvmneg's reading of a contract of these words alone, by their names with _ for : and -."""
+    named = {name.replace("_", ":", 1).replace("_", "-"): value for name, value in words.items()}
+    return Applied.of(Contract(FeatureSet.of("arm64", named)).binary())
+
+
+def test_a_contracts_vgic(kvm: Kvm, found: Facts) -> None:
+    """The revision that a contract binds is given and read back; one without leaves the vGIC alone."""
+    now = found.probe.vgic_iidr >> 12 & 0xF
+    revisions = [number for number in range(16) if found.probe.vgic_revisions >> number & 1]
+    with Vm(kvm.fd) as vm:
+        vm.vcpu(PSCI_0_2)
+        vgic = vm.vgic()
+        assert set_attribute(vgic, 4, 0) == 0
+        for revision in revisions:
+            contract = granting(arm_vgic_revision=revision)
+            contract.vgic(vgic)
+            contract.verify_vgic(vgic)
+            verify_vgic(vgic, revision)
+        last = revisions[-1] if revisions else now
+        assert fault(granting(arm_vgic_revision=15).vgic, vgic)["asked"] == 15
+        differs = fault(granting(arm_vgic_revision=15).verify_vgic, vgic)
+        assert (differs["word"], differs["got"]) == ("arm:vgic-revision", last)
+        nothing = Applied.of(Contract(FeatureSet.of("arm64", {}), present={}).binary())
+        nothing.vgic(vgic)
+        nothing.verify_vgic(vgic)
+        verify_vgic(vgic, last)
+    for verb in ("vgic", "verify_vgic"):
+        x86 = Applied.of(Contract(FeatureSet.of("x86_64", {})).binary())
+        assert fault(getattr(x86, verb), -1)["errno"] == errno.ENOEXEC
+
+
+def test_a_contracts_capabilities(kvm: Kvm, found: Facts) -> None:
+    """What KVM has to have is asked for before there is a vCPU: a number by its size, a flag by its bits."""
+    most = found.capability("max-vcpus")
+    with Vm(kvm.fd) as vm:
+        granting(kvm_max_vcpus=most, kvm_arm_psci_0_2=1, kvm_mp_state=0).vm(vm.fd)
+        granting(kvm_max_vcpus=1).vm(vm.fd)
+        assert fault(granting(kvm_max_vcpus=most + 1).vm, vm.fd) == {
+            "word": "kvm:max-vcpus", "register": 0, "asked": most + 1, "mask": 0xFFFFFFFF, "got": most,
+            "stage": "check", "why": "missing", "ioctl": "", "errno": errno.EBADE,
+        }  # fmt: skip
+        if not found.capability("arm-el1-32bit"):
+            told = fault(granting(kvm_arm_el1_32bit=1).vm, vm.fd)
+            assert (told["word"], told["got"]) == ("kvm:arm-el1-32bit", 0)
+        else:
+            granting(kvm_arm_el1_32bit=1).vm(vm.fd)
+
+
+def test_features_of_any_number_are_asked_for(kvm: Kvm) -> None:
+    """KVM_ARM_VCPU_INIT has room for 224 of them, a contract for 64: none is lost on the way to KVM's no."""
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(None)
+        for number in (31, 32, 40, 63):
+            told = fault(init_vcpu, vm.fd, vcpu.fd, PSCI_0_2 | 1 << number, [])
+            assert (told["word"], told["asked"], told["errno"]) == (
+                "arm:vcpu-features",
+                PSCI_0_2 | 1 << number,
+                errno.ENOENT,
+            )
+        init_vcpu(vm.fd, vcpu.fd, PSCI_0_2, [])
+
+
+def test_a_second_init_is_a_reset(kvm: Kvm, found: Facts) -> None:
+    """As the header says: a guest's registers go, what the contract gave stays."""
+    registers = [Register(PSCI_VERSION, 0x10000, EVERY), *(Register(one, 0, EVERY) for one in found.bitmaps)]
+    with Vm(kvm.fd) as vm:
+        vcpu = vm.vcpu(None)
+        init_vcpu(vm.fd, vcpu.fd, PSCI_0_2, registers)
+        apply_vcpu(vcpu.fd, registers)
+        vm.load(CALLS)
+        assert vcpu.set(x(7), 0x1234) == 0
+        vcpu.call(0x84000000)
+        assert vcpu.get(x(7)) == 0x1234
+        vcpu.complete()  # else the first KVM_RUN after the reset ends the last store, and passes over an instruction
+        init_vcpu(vm.fd, vcpu.fd, PSCI_0_2, registers)
+        assert (vcpu.get(x(7)), vcpu.get(PC)) == (0, 0)
+        verify_vcpu(vcpu.fd, registers)
+        vcpu.start()
+        assert vcpu.call(0x84000000)[0] == 0x10000

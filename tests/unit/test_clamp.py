@@ -187,13 +187,14 @@ def test_again_changes_nothing(table: list[CpuidEntry]) -> None:
     assert held.clamp([CpuidEntry(*row) for row in once]) == once
 
 
-def test_capabilities_are_the_catalogues() -> None:
-    """csrc/x86-capabilities.c has every kvm: word with the kernel's number, and how it compares."""
-    text = (ROOT / "csrc/x86-capabilities.c").read_text("ascii")
+@pytest.mark.parametrize(("prefix", "architecture"), [("x86", words.X86_64), ("arm64", words.ARM64)])
+def test_capabilities_are_the_catalogues(prefix: str, architecture: str) -> None:
+    """csrc/*-capabilities.c has every kvm: word with the kernel's number, and how it compares."""
+    text = (ROOT / f"csrc/{prefix}-capabilities.c").read_text("ascii")
     found = {
         name: (int(number), how) for name, number, how in re.findall(r'\{ "([\w-]+)", +(\d+), (\w+) \}', text)
     }
-    known = catalog.load(words.X86_64).words
+    known = catalog.load(architecture).words
     numbers = {name: number for number, name in NAMES.items()}
     expected = {
         word[4:]: (numbers[word[4:]], "MINIMUM" if rule.fields else "BITS")
