@@ -10,49 +10,7 @@
  * the guest sees what was promised, 1 it does not, or there is no contract, 2 it was called in a wrong way.
  */
 
-#include <errno.h>
-#include <fcntl.h>
-#include <inttypes.h>
-#include <linux/kvm.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-#include <kvmneg-client.h>
-#include <kvmneg.h>
-
-enum { MEMORY = 64 * 1024, CODE = 0x1000, TABLE = 0x4000, WORDS = 1024, TIMEOUT_MS = 30000 };
-
-/* A word of the contract, where the guest reads it, and what it saw. */
-struct word {
-        struct kvmneg_bound_word bound;
-        uint32_t leaf, subleaf; /* x86 */
-        unsigned place;         /* x86: of the register, eax is 0 */
-        uint64_t id;            /* arm64 */
-        uint64_t seen;
-};
-
-/* The parts of a VM. */
-struct machine {
-        int kvm, vm, vcpu, device;
-        unsigned char *memory;
-        struct kvm_run *run;
-        size_t run_size;
-};
-
-static int die(const char *what, int r) {
-        fprintf(stderr, "minivmm: %s: %s\n", what, strerror(r < 0 ? -r : errno));
-        exit(1); /* kvmneg_end() is not needed: a grant that nobody started expires */
-}
-
-static int check(const char *what, int r) {
-        return r < 0 ? die(what, 0) : r;
-}
+#include "minivmm.h"
 
 /* Runs the guest until it gives the next value. */
 static uint64_t next(struct machine *machine) {
@@ -74,8 +32,6 @@ static uint64_t next(struct machine *machine) {
 }
 
 #if defined(__x86_64__)
-enum { BASE = 0 };
-
 /* In real mode: for each pair in the table CPUID, and its four registers to port 0x10; until nobody asks for more. */
 static const unsigned char guest[] = {
         0xbe, TABLE & 0xff, TABLE >> 8, /*       mov si, TABLE */
@@ -114,6 +70,10 @@ static void prepare(struct machine *machine) {
         check("KVM_SET_REGS", ioctl(machine->vcpu, KVM_SET_REGS, &regs));
 }
 
+static void finish(struct machine *machine, const struct kvmneg_contract *contract, bool anyway) {
+        (void) machine, (void) contract, (void) anyway;
+}
+
 static void load(struct machine *machine, const struct word *words, uint32_t count) {
         uint32_t *table = (uint32_t *) (machine->memory + TABLE);
 
@@ -135,38 +95,19 @@ static void look(struct machine *machine, struct word *word) {
 }
 
 #elif defined(__aarch64__)
-enum { BASE = 0x40000000, RESULTS = 0x09000000 };
-
-/* "arm64:0x603000000013c020", an ID register (Arm ARM D23): op0 3, op1 0, CRn 0, CRm 1 to 7. */
-static bool of_guest(struct word *word) {
-        if (sscanf(word->bound.word, "arm64:0x%" SCNx64, &word->id) != 1)
-                return false;
-        return word->id >> 16 == 0x603000000013 && (word->id >> 7 & 0x1ff) == 0x180 && (word->id >> 3 & 0xf) - 1 < 7;
-}
-
-/* ID registers show a vGIC where there is one, and the contract counts on it. */
+/* What comes between the vCPU and its registers: the vGIC, which changes some. */
 static void prepare(struct machine *machine) {
-        struct kvm_create_device vgic = { .type = KVM_DEV_TYPE_ARM_VGIC_V3 };
-        uint64_t start = BASE + CODE;
-        struct kvm_one_reg pc = { .id = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_CORE | KVM_REG_ARM_CORE_REG(regs.pc),
-                                  .addr = (uint64_t) &start };
-
-        check("KVM_CREATE_DEVICE", ioctl(machine->vm, KVM_CREATE_DEVICE, &vgic));
-        machine->device = (int) vgic.fd;
-        check("KVM_SET_ONE_REG", ioctl(machine->vcpu, KVM_SET_ONE_REG, &pc));
+        create_vgic(machine);
 }
 
-/* With the MMU off: each register is read and stored where no memory is, which is an exit to us. */
-static void load(struct machine *machine, const struct word *words, uint32_t count) {
-        uint32_t *code = (uint32_t *) (machine->memory + CODE);
+/* What comes after them: the vGIC's start, its revision, which the contract has too. */
+static void finish(struct machine *machine, const struct kvmneg_contract *contract, bool anyway) {
+        struct kvmneg_failure failure = { 0 };
+        struct kvmneg_contract_info info;
 
-        *code++ = 0xd2a00014 | RESULTS >> 16 << 5; /* movz x20, #RESULTS */
-        for (uint32_t at = 0; at < count; at++) {
-                *code++ = 0xd5380000 | (words[at].id & 0x3fff) << 5; /* mrs x0, the register */
-                *code++ = 0xf9000280;                                /* str x0, [x20] */
-        }
-        *code = 0x14000000; /* b . */
-        __builtin___clear_cache((char *) machine->memory, (char *) machine->memory + MEMORY);
+        kvmneg_contract_describe(contract, &info);
+        start_vgic(machine, info.vcpu_features);
+        applied("the vGIC", kvmneg_vgic_apply(contract, machine->vgic, &failure, NULL), &failure, anyway);
 }
 
 static void look(struct machine *machine, struct word *word) {
@@ -174,61 +115,20 @@ static void look(struct machine *machine, struct word *word) {
 }
 #endif
 
-/* Says what failed, and whether to go on. */
-static void applied(const char *what, int r, const struct kvmneg_failure *failure, bool anyway) {
-        if (r >= 0)
-                return;
-        fprintf(stderr, "minivmm: %s: %s: asked 0x%" PRIx64 " of 0x%" PRIx64 ", got 0x%" PRIx64 ": %s\n", what, failure->word,
-                failure->asked, failure->mask, failure->got, strerror(-r));
-        if (!anyway)
-                exit(1);
-}
-
-static void refused(const char *what, int r, struct kvmneg_refusal *refusal) {
-        if (r >= 0)
-                return;
-        if (r != -EREMOTEIO)
-                die(what, r);
-        fprintf(stderr, "minivmm: %s: %s\n%s%s\n", refusal->name, refusal->message, refusal->blockers, refusal->hint);
-        kvmneg_refusal_free(refusal);
-        exit(1);
-}
-
 static struct machine create(const struct kvmneg_contract *contract, bool anyway) {
-        struct kvm_userspace_memory_region region = { .guest_phys_addr = BASE, .memory_size = MEMORY };
-        struct machine machine = { .device = -1 };
+        struct machine machine = { .vgic = -1 };
         struct kvmneg_failure failure = { 0 };
-        int r = kvmneg_open("/dev/kvm", &machine.kvm, NULL);
 
-        if (r < 0)
-                die("/dev/kvm", r);
-        r = kvmneg_create_vm(machine.kvm, &machine.vm, NULL);
-        if (r < 0)
-                die("KVM_CREATE_VM", r);
+        open_vm(&machine);
         /* 3. The contract, before the first vCPU, and on each vCPU; the same calls for one that is plugged in later. */
         applied("the VM", kvmneg_vm_apply(contract, machine.vm, NULL, &failure, NULL), &failure, anyway);
         machine.vcpu = check("KVM_CREATE_VCPU", ioctl(machine.vm, KVM_CREATE_VCPU, 0));
         applied("the vCPU", kvmneg_vcpu_init(contract, machine.vm, machine.vcpu, &failure, NULL), &failure, false);
         prepare(&machine);
         applied("the vCPU", kvmneg_vcpu_apply(contract, machine.vcpu, NULL, &failure, NULL), &failure, anyway);
-
-        machine.memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-        machine.run_size = (size_t) check("KVM_GET_VCPU_MMAP_SIZE", ioctl(machine.kvm, KVM_GET_VCPU_MMAP_SIZE, 0));
-        machine.run = mmap(NULL, machine.run_size, PROT_READ | PROT_WRITE, MAP_SHARED, machine.vcpu, 0);
-        if (machine.memory == MAP_FAILED || machine.run == MAP_FAILED)
-                die("mmap", 0);
-        region.userspace_addr = (uint64_t) machine.memory;
-        check("KVM_SET_USER_MEMORY_REGION", ioctl(machine.vm, KVM_SET_USER_MEMORY_REGION, &region));
+        finish(&machine, contract, anyway);
+        map(&machine, BASE);
         return machine;
-}
-
-static void destroy(struct machine *machine) {
-        munmap(machine->run, machine->run_size);
-        munmap(machine->memory, MEMORY);
-        kvmneg_close(machine->device);
-        kvmneg_close(machine->vcpu);
-        kvmneg_close(machine->vm);
-        kvmneg_close(machine->kvm);
 }
 
 /* Runs the guest over each word that it can read; how many it sees otherwise than promised. */
@@ -241,14 +141,8 @@ static unsigned run(struct machine *machine, const struct kvmneg_contract *contr
                 count += of_guest(&words[count]);
         load(machine, words, count);
         for (uint32_t at = 0; at < count; at++) {
-                const struct kvmneg_bound_word *bound = &words[at].bound;
-
                 look(machine, &words[at]);
-                if ((words[at].seen ^ bound->value) & bound->mask) {
-                        broken++;
-                        printf("%s: promised 0x%" PRIx64 " of 0x%" PRIx64 ", the guest sees 0x%" PRIx64 "\n", bound->word,
-                               bound->value, bound->mask, words[at].seen);
-                }
+                broken += !is_kept(&words[at]);
         }
         printf("%" PRIu32 " words looked at by the guest, %u not as promised\n", count, broken);
         return broken;

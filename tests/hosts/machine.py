@@ -184,6 +184,13 @@ class Machine:
                 raise HostError(step, f"the host ended ({self._process.returncode})", self.console())
             self._buffer += data
 
+    def plug(self, name: str, path: Path, *, listens: bool) -> None:
+        """One more virtio-serial port, joined to another host's by a UNIX socket; first on the one that listens."""
+        backend = {"addr": {"type": "unix", "data": {"path": str(path)}}, "server": listens}
+        backend |= {"wait": False} if listens else {}
+        self.qmp("chardev-add", id=name, backend={"type": "socket", "data": backend})
+        self.qmp("device_add", driver="virtserialport", id=f"port-{name}", chardev=name, name=name)
+
     def qmp(self, command: str, **words: object) -> object:
         """One QMP command; what it returns."""
         self._qmp.settimeout(QMP_SECONDS)

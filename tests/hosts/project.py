@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 ENVIRONMENT = {"PYTHONPATH": "/job", "PYTHONUNBUFFERED": "1"}
 _TAG = sys.implementation.cache_tag
-# C sources that are the other architecture's, by csrc/meson.build.
-_FOREIGN = {"arm64": "x86", "amd64": "arm64"}
+# What C sources have in their names that are the other architecture's.
+FOREIGN = {"arm64": "x86", "amd64": "arm64"}
 _OTHER = {".toml", ".json", ".varlink", ".csv", ".txt", ".typed", ".h", ".c"}
 
 
 def files(architecture: str) -> dict[str, bytes]:
     """kvmneg/, tests/, csrc/ and pyproject.toml, by their paths below /job."""
-    found = _package(architecture)
+    found = package(architecture)
     for path in sorted((ROOT / "tests").rglob("*")):
         if path.is_file() and path.suffix in {".py", *_OTHER}:
             found[path.relative_to(ROOT).as_posix()] = path.read_bytes()
@@ -39,7 +39,7 @@ def files(architecture: str) -> dict[str, bytes]:
     return found
 
 
-def _package(architecture: str) -> dict[str, bytes]:
+def package(architecture: str) -> dict[str, bytes]:
     """The installed package: what is tested is what was built."""
     import kvmneg
 
@@ -77,14 +77,19 @@ def _bytecode(path: Path, shown: str) -> bytes:
     return target.read_bytes()
 
 
+def sources(architecture: str) -> list[Path]:
+    """What libkvmneg is made of there."""
+    foreign = FOREIGN[architecture]
+    return [path for path in sorted(CSRC.rglob("*.[cS]")) if not path.name.startswith(foreign)]
+
+
 def extension(architecture: str) -> Path:
     """The extension, cross-compiled as csrc/meson.build builds it; a second, once for each state of csrc/."""
-    foreign = _FOREIGN[architecture]
-    sources = [path for path in sorted(CSRC.rglob("*.[cS]")) if not path.name.startswith(foreign)]
+    compiled = sources(architecture)
     compiler = f"{MACHINES[architecture]}-linux-gnu-gcc"
     if not shutil.which(compiler):
         raise HostError("build", f"{compiler} is not installed")
-    contents = [path.read_bytes() for path in (*sources, *sorted(CSRC.rglob("*.h")))]
+    contents = [path.read_bytes() for path in (*compiled, *sorted(CSRC.rglob("*.h")))]
 
     def make(target: Path) -> None:
         with TemporaryDirectory() as name:
@@ -96,7 +101,7 @@ def extension(architecture: str) -> Path:
             _run([str(generator), *words, str(work / "binding.c")])
             flags = ["-shared", "-fPIC", "-O2", "-std=gnu11", "-DPy_LIMITED_API=0x030b0000", f"-I{CSRC}"]
             flags += [f"-I{folder}" for folder in _python_headers(work, architecture)]
-            _run([compiler, *flags, str(work / "binding.c"), *map(str, sources), "-o", str(target)])
+            _run([compiler, *flags, str(work / "binding.c"), *map(str, compiled), "-o", str(target)])
 
     return cache.made(f"extension-{architecture}", cache.digest(compiler, str(_TAG), *contents), make)
 
