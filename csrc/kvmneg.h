@@ -630,7 +630,8 @@ struct kvmneg_register {
  *   vm_apply     after KVM_CREATE_VM: lets MIDR, REVIDR and AIDR be written if they are among the registers (api.rst
  *                8.43, KVM_CAP_ARM_WRITABLE_IMP_ID_REGS); a KVM without may have what is wanted
  *   vcpu_init    after KVM_CREATE_VCPU, each vCPU: KVM_ARM_VCPU_INIT (api.rst 4.82) with the preferred target and
- *                `features`, SVE_VLS, KVM_ARM_VCPU_FINALIZE (api.rst 4.119)
+ *                `features` (bit n: KVM_ARM_VCPU_* number n), SVE_VLS, KVM_ARM_VCPU_FINALIZE (api.rst 4.119). It
+ *                resets the vCPU, and leaves it ready to run, as kvmneg_vcpu_init() does
  *   vcpu_apply   after the vGIC is created and KVM_ARM_VCPU_PMU_V3_SET_PMU, each vCPU: everything else, then verify
  *   vgic_apply   after KVM_DEV_ARM_VGIC_CTRL_INIT, before other vGIC registers: GICD_IIDR.Revision; vgic_verify reads it
  *   vcpu_verify  reads only: after vcpu_apply, and again after the first run, at which KVM changes ID registers

@@ -28,7 +28,7 @@ from kvmneg.client import Client
 from kvmneg.errors import Unreachable
 
 SOCKET, STATE = "/run/kvmneg/org.kvmneg", "/tmp/kvmneg-state"
-SECONDS = 100.0
+SECONDS = 240.0
 _CHUNK = 1 << 16
 
 

@@ -639,6 +639,8 @@ static int run_apply(bool *ret_touched, struct kvmneg_trace *trace) {
         if (r >= 0)
                 r = kvmneg_arm_vgic_apply(5, 2, &failure, trace);
         if (r >= 0)
+                r = kvmneg_arm_vgic_verify(5, 2, &failure, trace);
+        if (r >= 0)
                 r = kvmneg_arm_vcpu_verify(99, contract, CONTRACT, &failure, trace);
         *ret_touched = r == 0;
         if (r < 0)
