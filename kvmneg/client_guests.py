@@ -20,6 +20,10 @@ class GuestCalls:
         """guests, unknown, missed."""
         return self.call("org.kvmneg.Guests.List")
 
+    def guests_get(self, vm: str) -> dict[str, Any]:
+        """guest, contract, holds. Raises UsageError where it holds no contract, NotPermitted."""
+        return self.call("org.kvmneg.Guests.Get", {"vm": vm})
+
     def guests_report(
         self, vm: str, words: Mapping[str, str], *, incarnation: int | None = None
     ) -> dict[str, Any]:

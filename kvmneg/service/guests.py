@@ -27,6 +27,7 @@ def handlers(node: Node) -> dict[str, Handler]:
         f"org.kvmneg.Guests.{name}": partial(function, node)
         for name, function in (
             ("List", _list),
+            ("Get", _get),
             ("Report", _report),
             ("Saved", _saved),
             ("Handover", _hand_over),
@@ -49,13 +50,24 @@ def _list(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str
     }
 
 
-def _report(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
-    from kvmneg.features import words
-    from kvmneg.features.featureset import FeatureSet
+def _get(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
+    from kvmneg.policy.contract import Contract
 
     lease = _lease(node, connection, given)
-    values = {word: words.parse_value(words.check(word), text) for word, text in given["words"].items()}
-    applied = FeatureSet.of(node.report.architecture, values)
+    (guest,) = (one for one in node.leases.to_json() if one["incarnation"] == lease.incarnation)
+    contract = Contract.from_binary(node.store.leases.contract(lease.digest) or b"", file=lease.digest)
+    return {
+        "guest": guest,
+        "contract": contract.to_json(),
+        "holds": node.leases.held_set(lease).to_json(),
+    }
+
+
+def _report(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
+    from kvmneg.policy import images
+
+    lease = _lease(node, connection, given)
+    applied = images.reported(node.report.architecture, given["words"])
     exceeds = node.leases.report(lease, applied)
     return {"digest": applied.digest(), "exceeds": [blocker.to_varlink() for blocker in exceeds]}
 

@@ -215,19 +215,19 @@ class Leases:
 
     def holdings(self) -> list[Holding]:
         """What each outstanding lease holds: the set its VMM reported, until then its contract's."""
+        return [self.holding(lease) for lease in self.records.outstanding()]
+
+    def holding(self, lease: Lease) -> Holding:
+        """What one holds."""
         from kvmneg.policy import leases as policy  # nobody who only negotiates asks
 
         states = {"begun": policy.BEGUN, "started": policy.RUNNING, "saved": policy.SAVED}
-        return [
-            policy.Holding(
-                lease.vm,
-                "sha256:" + lease.digest,
-                self._reported(lease.reported) if lease.reported else self._granted(lease.digest),
-                states[lease.state],
-                lease.uid,
-            )
-            for lease in self.records.outstanding()
-        ]
+        held = self.held_set(lease)
+        return policy.Holding(lease.vm, "sha256:" + lease.digest, held, states[lease.state], lease.uid)
+
+    def held_set(self, lease: Lease) -> FeatureSet:
+        """The set its VMM reported, until then its contract's."""
+        return self._reported(lease.reported) if lease.reported else self._granted(lease.digest)
 
     def _granted(self, digest: str) -> FeatureSet:
         found = self._known.get(digest)

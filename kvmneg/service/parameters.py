@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
     },
     "org.kvmneg.Guests": {
         "List": {},
+        "Get": {"vm": "string"},
         "Report": {"vm": "string", "words": "[string]string", "incarnation": "?int"},
         "Saved": {"vm": "string", "incarnation": "?int"},
         "Handover": {"vm": "string", "hold": "?bool", "pid": "?int", "incarnation": "?int"},
