@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import applying, checking, emulated, measuring, merging, proving, serving, starting
+from bench import applying, asking, checking, emulated, measuring, merging, proving, serving, starting
 from bench.figures import Figure
 
 HERE = Path(__file__).parent
@@ -23,10 +23,14 @@ FOREIGN = {"x86_64": "arm64", "aarch64": "x86"}
 
 def compiled(folder: Path) -> Path:
     """The C programs of bench/c, compiled into `folder`."""
-    foreign, csrc = FOREIGN[platform.machine()], HERE.parent / "csrc"
+    foreign, csrc, client = FOREIGN[platform.machine()], HERE.parent / "csrc", HERE.parent / "client"
     library = [path for path in sorted(csrc.rglob("*.[cS]")) if not path.name.startswith(foreign)]
-    with_library = {"applying": ["-Wl,--wrap=ioctl", *map(str, library)]}
+    applies = ["-Wl,--wrap=ioctl", *map(str, library)]
+    asks = [*applies, f"-I{client}", *map(str, sorted(client.glob("*.c"))), *(json_c := asking.json_c())]
+    with_library = {"applying": applies, "negotiating": asks}
     for source in sorted((HERE / "c").glob("*.c")):
+        if source.stem == "negotiating" and not json_c:
+            continue  # `asking` says so
         program = folder / source.stem
         command = [
             "gcc",
@@ -67,7 +71,7 @@ def main() -> int:
     missed = False
     with tempfile.TemporaryDirectory() as scratch:
         programs = compiled(Path(scratch))
-        for part in (measuring, applying, proving, checking, starting, serving, merging, emulated):
+        for part in (measuring, applying, asking, proving, checking, starting, serving, merging, emulated):
             try:
                 for figure in part.figures(programs, state):
                     print(figure.line(), flush=True)

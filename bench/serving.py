@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
@@ -44,11 +45,30 @@ def wait_for(path: Path) -> None:
     raise TimeoutError(path)
 
 
-def reply_of(path: Path) -> bytes:
-    """The reply to CALL, with its NUL."""
+@contextmanager
+def running(listening: Path, *command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server on the first CPU, from when it listens."""
+    server = subprocess.Popen([*pinned(0), *command], stdout=subprocess.DEVNULL)
+    try:
+        wait_for(listening)
+        yield server
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(10)
+
+
+def kvmnegd(listening: Path, state: Path) -> list[str | Path]:
+    """The daemon's command: this host's KVM measured, or a recorded one where there is none."""
+    report = Path(__file__).parent.parent / "kvmneg/data/recorded-host.json"
+    measured = [] if os.access("/dev/kvm", os.R_OK | os.W_OK) else ["--report", report]
+    return [Path(sys.executable).parent / "kvmnegd", "--socket", listening, "--state", state, *measured]
+
+
+def reply_of(path: Path, call: bytes) -> bytes:
+    """The reply to a call, with its NUL."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
-        client.sendall(CALL)
+        client.sendall(call)
         data = b""
         while not data.endswith(b"\0"):
             data += client.recv(1 << 20)
@@ -99,31 +119,14 @@ def figures(programs: Path, state: Path) -> Iterator[Figure]:
     """Both servers run throughout; rounds alternate between them."""
     with tempfile.TemporaryDirectory() as folder:
         ours_at, theirs_at = Path(folder) / "org.kvmneg", Path(folder) / "echo"
-        kvmnegd = Path(sys.executable).parent / "kvmnegd"
-        report = Path(__file__).parent.parent / "kvmneg/data/recorded-host.json"
-        measured = [] if os.access("/dev/kvm", os.R_OK | os.W_OK) else ["--report", report]
-        daemon = subprocess.Popen([*pinned(0), kvmnegd, "--socket", ours_at, "--state", state, *measured])
-        try:
-            wait_for(ours_at)
+        with running(ours_at, *kvmnegd(ours_at, state)) as daemon:
             time.sleep(1)  # its child looks for VMM builds
-            idle = resident_mib(daemon.pid)
-            yield Figure("idle daemon, resident", idle, 32, "MiB")
-            reply = reply_of(ours_at)
+            yield Figure("idle daemon, resident", resident_mib(daemon.pid), 32, "MiB")
+            reply = reply_of(ours_at, CALL)
             (programs / "reply").write_bytes(reply)
             (programs / "call").write_bytes(CALL)
-            echo = subprocess.Popen(
-                [*pinned(0), programs / "echo_server", theirs_at, programs / "reply"],
-                stdout=subprocess.DEVNULL,
-            )
-            try:
-                wait_for(theirs_at)
+            with running(theirs_at, programs / "echo_server", theirs_at, programs / "reply") as echo:
                 yield from _ratios(programs, (ours_at, daemon), (theirs_at, echo), len(reply))
-            finally:
-                echo.send_signal(signal.SIGTERM)
-                echo.wait(10)
-        finally:
-            daemon.send_signal(signal.SIGTERM)
-            daemon.wait(10)
 
 
 def _ratios(

@@ -2,7 +2,7 @@
 /*
  * libkvmneg-client: asks kvmnegd(8) for the contract of a guest, over varlink. libkvmneg applies it.
  *
- *      request      {"request": {"level": "x86-64-v2", "optional": ["avx2"]}}
+ *      request      {"request": {"level": "x86-64-v2", "optional": ["avx2"]}, "digestOnly": true}
  *      negotiate    an offer; binds nobody
  *      begin        the contract of one VM, opened; from here it counts as a guest's
  *      started      the VM runs: the contract does not expire any more
@@ -75,7 +75,7 @@ struct kvmneg_offer {
         uint32_t not_granted_count;
         uint32_t padding;
         const char *scope;                      /* a line for each thing that was judged, or was not */
-        const char *reply;                      /* as it came: JSON, {"parameters": {"contract": {...}, ...}} */
+        const char *reply;                      /* as it came: JSON, {"parameters": {"digest": ..., ...}} */
 };
 
 struct kvmneg_offer *kvmneg_offer_free(struct kvmneg_offer *offer);
@@ -92,7 +92,11 @@ struct kvmneg_grant *kvmneg_grant_free(struct kvmneg_grant *grant);
 
 struct kvmneg_contract; /* kvmneg.h */
 
-/* Method Negotiate. `request` is the UTF-8 JSON of its parameters, {"request": {...}}. */
+/*
+ * Method Negotiate. `request` is the UTF-8 JSON of its parameters, {"request": {...}}. With "digestOnly": true beside it
+ * the reply has no contract: that is a tenth of the bytes, and parsing them was most of the time. Leave it away to read
+ * the contract's JSON in the offer's `reply`; kvmneg_begin() opens its binary form either way.
+ */
 int kvmneg_negotiate(const char *socket, const char *request, int timeout_ms, struct kvmneg_offer **ret_offer,
                      struct kvmneg_refusal **ret_refusal);
 

@@ -73,9 +73,13 @@ class Client(GuestCalls):
         """host (kvmneg.report/1), generation, state, fence."""
         return self.call("org.kvmneg.GetHost")
 
-    def negotiate(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """contract (kvmneg.contract/1), digest, generation, notGranted, scope. Raises Blocked, Breached, UsageError."""
-        return self.call("org.kvmneg.Negotiate", {"request": dict(request)})
+    def negotiate(self, request: Mapping[str, Any], *, digest_only: bool = False) -> dict[str, Any]:
+        """contract (kvmneg.contract/1), digest, generation, notGranted, scope. Raises Blocked, Breached, UsageError.
+
+        With `digest_only` there is no contract: for a caller that takes its binary form from `begin`.
+        """
+        given = _given(request=dict(request), digestOnly=digest_only or None)
+        return self.call("org.kvmneg.Negotiate", given)
 
     def begin(
         self, digest: str, vm: str, *, hold: bool | None = None, pid: int | None = None

@@ -83,8 +83,9 @@ class Interfaces:
 
     def _negotiate(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
         answer = self._node.negotiate(Request.from_json(parameters["request"]), connection.peer)
+        contract = {} if parameters.get("digestOnly") else {"contract": answer.contract.to_json()}
         return {
-            "contract": answer.contract.to_json(),
+            **contract,
             "digest": answer.contract.digest,
             "generation": self._node.generation,
             "notGranted": [blocker.to_varlink() for blocker in answer.not_granted],

@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
     "org.varlink.service": {"GetInfo": {}, "GetInterfaceDescription": {"interface": "string"}},
     "org.kvmneg": {
         "GetHost": {},
-        "Negotiate": {"request": "Request"},
+        "Negotiate": {"request": "Request", "digestOnly": "?bool"},
         "Begin": {"digest": "string", "vm": "string", "hold": "?bool", "pid": "?int"},
         "Started": {"vm": "string", "incarnation": "?int"},
         "End": {"vm": "string", "incarnation": "?int"},

@@ -317,9 +317,10 @@ class Server(Loop):
     # --- connections coming and going
 
     def add_connection(self, connection: Connection) -> None:
-        """Serve one that was accepted."""
+        """Serve one that was accepted. Its first call is there as a rule: looked for at once, that saves a turn."""
         self._connections[connection.fd] = connection
         self.epoll.register(connection.fd, connection.interest)
+        self._event(connection, _IN)
 
     def close_connection(self, connection: Connection) -> None:
         """Close; what is queued for it is discarded. Nothing happens where it is closed already."""

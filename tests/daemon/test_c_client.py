@@ -53,6 +53,21 @@ def test_both_clients_get_the_same(
     assert file == Contract.from_json(offer["contract"]).binary() == bytes.fromhex(grant["contract"])
 
 
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_an_offer_of_its_digest_alone(
+    daemon: Daemon, c_client: Callable[..., dict[str, str]], request_: dict[str, Any]
+) -> None:
+    """The same answer without the contract; what Begin grants by it is the contract all the same."""
+    with daemon.client() as client:
+        offer = client.negotiate(request_)
+        binary = Contract.from_json(offer.pop("contract")).binary()
+        assert client.negotiate(request_, digest_only=True) == offer
+        given = c_client(daemon.socket, "negotiate", json.dumps({"request": request_, "digestOnly": True}))
+        assert (given["r"], json.loads(given["reply"])) == ("0", {"parameters": offer})
+        grant = c_client(daemon.socket, "begin", given["digest"], VM)
+    assert bytes.fromhex(grant["contract"]) == binary
+
+
 def test_the_life_of_a_contract(daemon: Daemon, c_client: Callable[..., dict[str, str]]) -> None:
     given = c_client(daemon.socket, "negotiate", parameters({"level": "x86-64-v2"}))
     assert c_client(daemon.socket, "begin", given["digest"], VM)["r"] == "0"

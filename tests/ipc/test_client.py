@@ -304,6 +304,11 @@ def test_a_reply_too_many_is_not_taken_for_the_next(misbehave):
     [
         (lambda c: c.get_host(), "org.kvmneg.GetHost", None),
         (lambda c: c.negotiate({"max": True}), "org.kvmneg.Negotiate", {"request": {"max": True}}),
+        (
+            lambda c: c.negotiate({}, digest_only=True),
+            "org.kvmneg.Negotiate",
+            {"request": {}, "digestOnly": True},
+        ),
         (lambda c: c.begin("sha256:1", "u"), "org.kvmneg.Begin", {"digest": "sha256:1", "vm": "u"}),
         (lambda c: c.started("u"), "org.kvmneg.Started", {"vm": "u"}),
         (lambda c: c.end("u"), "org.kvmneg.End", {"vm": "u"}),
