@@ -16,7 +16,7 @@ bool kvmneg_internal_is_indexed(uint32_t leaf);
 
 /* Makes a table what a contract says; kvmneg_clamp_cpuid() of `capacity` entries. */
 int kvmneg_internal_clamp(const struct kvmneg_contract *contract, struct kvmneg_cpuid_entry *entries, uint32_t *count,
-                          uint32_t capacity);
+                          uint32_t capacity, struct kvmneg_failure *failure);
 
 /* Whether a table that was read back is what a contract says, but for what KVM writes by itself. 0, or -EBADE with
  * `failure` for the first word that is not: its stage and why are the caller's. */

@@ -493,7 +493,8 @@ int kvmneg_enforce_pv_cpuid(int vcpu_fd, struct kvmneg_trace *trace);
  *     0x40000000 or up to 0x4000ff00 in steps of 0x100, Hyper-V's at 0x40000000; without a signature a guest is not
  *     shown that leaf, and an empty table gets KVM's.
  *   - The size of the XSAVE area in leaf 0xd is computed from the components that are left.
- * Doing it again changes nothing.
+ * Returns how many entries it changed or added: 0 for a table that is what the contract says, as it is the second time.
+ *   -EOPNOTSUPP the contract binds what is the VMM's
  *   -ENOSPC     there is no room for a leaf that is missing; the table is then as far as it went
  *   -E2BIG      `cpuid` has more than KVMNEG_CONTRACT_CPUIDS_MAX entries
  *   -ENOEXEC    not a contract of x86

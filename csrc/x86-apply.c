@@ -259,7 +259,7 @@ int kvmneg_vcpu_apply(const struct kvmneg_contract *contract, int vcpu_fd, const
                 table.count = cpuid->count;
                 memcpy(table.entries, cpuid->entries, cpuid->count * sizeof(table.entries[0]));
         }
-        r = kvmneg_internal_clamp(contract, table.entries, &table.count, KVMNEG_CONTRACT_CPUIDS_MAX);
+        r = kvmneg_internal_clamp(contract, table.entries, &table.count, KVMNEG_CONTRACT_CPUIDS_MAX, failure);
         if (r < 0)
                 return r;
         hyperv = kvmneg_internal_shows_hyperv(table.entries, table.count);

@@ -207,8 +207,8 @@ def test_capabilities_are_the_catalogues(prefix: str, architecture: str) -> None
 
 
 def test_what_is_kvms_own_is_the_same_in_c_and_in_python() -> None:
-    """csrc/x86-clamp.c, kvm_bits, and enforcement.KVMS_OWN: what KVM writes into a guest's CPUID by itself."""
-    source = (ROOT / "csrc" / "x86-clamp.c").read_text("utf-8")
+    """csrc/x86-leaves.c, kvm_bits, and enforcement.KVMS_OWN: what KVM writes into a guest's CPUID by itself."""
+    source = (ROOT / "csrc" / "x86-leaves.c").read_text("utf-8")
     table = source.split("kvm_bits[] = {")[1].split("};")[0]
     rows = re.findall(r"\{ (0x[0-9a-f]+), (\d+), (E[A-D]X), (0x[0-9a-f]+|UINT32_MAX) \}", table)
     found = {
