@@ -45,7 +45,8 @@ _VMX = 1 << 5  # of CPUID leaf 1 ECX
 _EVERY_32 = (1 << 32) - 1
 # MSR_IA32_MCG_CAP, which is no feature MSR
 _MCG_CAP = "msr:0x179"
-TOLERANCE_PPM = 250  # tsc_tolerance_ppm of Linux arch/x86/kvm/x86.c where nobody set it
+# tsc_tolerance_ppm of Linux arch/x86/kvm/x86.c where nobody set it, and the most that libkvmneg applies
+TOLERANCE_PPM = 250
 
 _Row = tuple[str, str, str, str]  # the words of EAX, EBX, ECX, EDX; "" for one that is not kept
 
@@ -189,9 +190,13 @@ def tsc_rates(khz: int, max_khz: int, tolerance_ppm: int) -> int:
 
 
 def tolerance_ppm(combo: Mapping[str, Any]) -> int:
-    """tsc_tolerance_ppm as the combo has it, else the kernel's default (a module whose parameters nobody can read)."""
+    """tsc_tolerance_ppm as the combo has it, TOLERANCE_PPM at most, and where nobody can read it.
+
+    A wider one is not offered: libkvmneg, in a VMM that sees no /sys, cannot know of it, and without it a rate that
+    far off is one for which KVM lets the guest's clock jump.
+    """
     text = combo.get("modules", {}).get("kvm.tsc_tolerance_ppm", "")
-    return int(text) if text.isdecimal() and len(text) < 8 else TOLERANCE_PPM
+    return min(int(text), TOLERANCE_PPM) if text.isdecimal() and len(text) < 8 else TOLERANCE_PPM
 
 
 def _fill(found: dict[str, int], rows: _Rows, entries: Iterable[CpuidEntry]) -> None:

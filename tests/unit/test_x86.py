@@ -9,6 +9,7 @@ known from.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -266,10 +267,19 @@ def test_a_host_that_cannot_scale_gives_its_own_rate_within_the_tolerance() -> N
 
 
 def test_the_tolerance_is_the_modules_parameter() -> None:
-    assert x86.tolerance_ppm({"modules": {"kvm.tsc_tolerance_ppm": "1000"}}) == 1000
+    assert x86.tolerance_ppm({"modules": {"kvm.tsc_tolerance_ppm": "100"}}) == 100
+    assert x86.tolerance_ppm({"modules": {"kvm.tsc_tolerance_ppm": "0"}}) == 0
     for modules in ({}, {"kvm.tsc_tolerance_ppm": "unreadable"}, {"kvm.tsc_tolerance_ppm": "9" * 40}):
         assert x86.tolerance_ppm({"modules": modules}) == 250
     assert x86.tolerance_ppm({}) == 250
+
+
+def test_no_rate_is_offered_that_libkvmneg_would_not_apply() -> None:
+    """A wider tolerance of the module is known to the daemon, and not to the library in the VMM."""
+    source = (TESTS.parent / "csrc/x86-apply.c").read_text("utf-8")
+    (limit,) = re.findall(r"#define TSC_TOLERANCE_PPM (\d+)", source)
+    for parameter in ("251", "1000", "1000000"):
+        assert x86.tolerance_ppm({"modules": {"kvm.tsc_tolerance_ppm": parameter}}) == int(limit)
 
 
 def test_the_tsc_of_a_probe() -> None:
