@@ -2,6 +2,24 @@
 /*
  * libkvmneg: what a KVM offers to guests, read through its ioctls, and giving a VM what a contract says.
  *
+ * A VMM needs two sections of this file: "contracts" and "giving a VM what a contract says". The order of calls, with
+ * the VMM's own ioctls between them (examples/minivmm.c is a whole VMM):
+ *
+ *      kvmneg_begin(..., &contract, ...)        of libkvmneg-client, or kvmneg_contract_open(path, &contract, &error)
+ *              vm = KVM_CREATE_VM
+ *      kvmneg_vm_apply(contract, vm, NULL, &failure, NULL)
+ *              vcpu = KVM_CREATE_VCPU           each vCPU, also one that is plugged in later
+ *      kvmneg_vcpu_init(contract, vm, vcpu, &failure, NULL)
+ *              arm64: the vGIC, and the PMU's interrupt
+ *      kvmneg_vcpu_apply(contract, vcpu, cpuid, &failure, NULL)
+ *              KVM_RUN
+ *      kvmneg_vcpu_verify(contract, vcpu, &failure, NULL)
+ *      kvmneg_contract_free(contract)
+ *
+ * `cpuid` is an x86 VMM's own table, NULL for none; kvmneg_clamp_cpuid() shows what becomes of it. A call that fails
+ * says in `failure` which word, what was asked, what there is, and why. Everything else here measures a KVM: "the
+ * system", "x86", "what a running guest sees", "arm64".
+ *
  * The contract of every function here:
  *   - it returns 0 (or, where it says so, a count) on success and a negative errno on failure;
  *   - what a `ret_` parameter points to is written on success only;
@@ -337,6 +355,25 @@ struct kvmneg_cpuid {
         struct kvmneg_cpuid_entry entries[];
 };
 
+/*
+ * Makes a VMM's own table what a contract says. `cpuid` has room for `capacity` entries.
+ *   - Every bound bit gets the contract's value, up or down, in each entry of its leaf.
+ *   - What is the VMM's stays: caches, topology and TLBs (leaves 2, 4, 5, 0xb, 0x12.2, 0x18, 0x1a, 0x1f, 0x80000005,
+ *     6, 0x19, 0x1d, 0x1e, 0x26), APIC ids and counts of threads in leaves 1 and 0x80000008, the brand string,
+ *     signatures of hypervisors and their timing leaf 0x40000010, and what the guest or KVM writes by itself (OSXSAVE).
+ *   - Everything else is 0: no contract grants what it does not know.
+ *   - A bound leaf that is not there is added, unless all of it is 0. KVM's leaf is found by its signature, at
+ *     0x40000000 or up to 0x4000ff00 in steps of 0x100, Hyper-V's at 0x40000000; without a signature a guest is not
+ *     shown that leaf, and an empty table gets KVM's.
+ *   - The size of the XSAVE area in leaf 0xd is computed from the components that are left.
+ * Returns how many entries it changed or added: 0 for a table that is what the contract says, as it is the second time.
+ *   -EOPNOTSUPP the contract binds what is the VMM's
+ *   -ENOSPC     there is no room for a leaf that is missing; the table is then as far as it went
+ *   -E2BIG      `cpuid` has more than KVMNEG_CONTRACT_CPUIDS_MAX entries
+ *   -ENOEXEC    not a contract of x86
+ */
+int kvmneg_clamp_cpuid(const struct kvmneg_contract *contract, struct kvmneg_cpuid *cpuid, uint32_t capacity);
+
 enum {
         KVMNEG_MSR_UNREAD = 1, /* KVM lists it and does not let it be read; the value is 0 then */
         KVMNEG_MSR_UNSET = 2,  /* KVM did not take the value it was given */
@@ -481,25 +518,6 @@ int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t
 /* KVM_CAP_ENFORCE_PV_FEATURE_CPUID (api.rst 7.26) on a vCPU: KVM's own MSRs of features that its CPUID hides raise #GP.
  * -EINVAL up to Linux 5.9. */
 int kvmneg_enforce_pv_cpuid(int vcpu_fd, struct kvmneg_trace *trace);
-
-/*
- * Makes a VMM's own table what a contract says. `cpuid` has room for `capacity` entries.
- *   - Every bound bit gets the contract's value, up or down, in each entry of its leaf.
- *   - What is the VMM's stays: caches, topology and TLBs (leaves 2, 4, 5, 0xb, 0x12.2, 0x18, 0x1a, 0x1f, 0x80000005,
- *     6, 0x19, 0x1d, 0x1e, 0x26), APIC ids and counts of threads in leaves 1 and 0x80000008, the brand string,
- *     signatures of hypervisors and their timing leaf 0x40000010, and what the guest or KVM writes by itself (OSXSAVE).
- *   - Everything else is 0: no contract grants what it does not know.
- *   - A bound leaf that is not there is added, unless all of it is 0. KVM's leaf is found by its signature, at
- *     0x40000000 or up to 0x4000ff00 in steps of 0x100, Hyper-V's at 0x40000000; without a signature a guest is not
- *     shown that leaf, and an empty table gets KVM's.
- *   - The size of the XSAVE area in leaf 0xd is computed from the components that are left.
- * Returns how many entries it changed or added: 0 for a table that is what the contract says, as it is the second time.
- *   -EOPNOTSUPP the contract binds what is the VMM's
- *   -ENOSPC     there is no room for a leaf that is missing; the table is then as far as it went
- *   -E2BIG      `cpuid` has more than KVMNEG_CONTRACT_CPUIDS_MAX entries
- *   -ENOEXEC    not a contract of x86
- */
-int kvmneg_clamp_cpuid(const struct kvmneg_contract *contract, struct kvmneg_cpuid *cpuid, uint32_t capacity);
 
 /* XSAVE components a guest can be given: KVM_X86_XCOMP_GUEST_SUPP by KVM_GET_DEVICE_ATTR on /dev/kvm (api.rst 4.80),
  * from Linux 5.17; -EINVAL, -ENOTTY or -ENXIO before. Bits as in XCR0. */
