@@ -228,10 +228,10 @@ static void put(FILE *stream, struct json_object *object) {
 
         for (; text && *text; text++)
                 if ((unsigned char) text[0] == 0xc2 && (unsigned char) text[1] < 0xa0) {
-                        putc(' ', stream); /* U+0080 to U+009F are control characters of two bytes */
+                        putc_unlocked(' ', stream); /* U+0080 to U+009F are control characters of two bytes */
                         text++;
                 } else {
-                        putc((unsigned char) *text < ' ' || *text == 0x7f ? ' ' : *text, stream);
+                        putc_unlocked((unsigned char) *text < ' ' || *text == 0x7f ? ' ' : *text, stream);
                 }
 }
 
