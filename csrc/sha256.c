@@ -38,14 +38,14 @@ static void put_big_endian(uint8_t *bytes, uint32_t value) {
         do {                                                                                                   \
                 uint32_t e = V(4, n), a = V(0, n);                                                             \
                 uint32_t sum = V(7, n) + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) +                      \
-                               ((e & V(5, n)) ^ (~e & V(6, n))) + constants[t + (n)] + w[t + (n)];             \
+                               ((e & V(5, n)) ^ (~e & V(6, n))) + k[t + (n)] + w[t + (n)];                     \
                 V(3, n) += sum;                                                                                \
                 V(7, n) = sum + (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) +                               \
                           ((a & V(1, n)) ^ (a & V(2, n)) ^ (V(1, n) & V(2, n)));                               \
         } while (0)
 
 /* Section 6.2.2. */
-static void compress(uint32_t state[static 8], const uint8_t *block) {
+static void in_c(uint32_t state[static 8], const uint8_t *block, const uint32_t k[static BLOCK]) {
         uint32_t w[BLOCK], v[8];
 
         for (unsigned t = 0; t < 16; t++)
@@ -83,14 +83,17 @@ static void take(uint8_t block[static BLOCK], const uint8_t *data, size_t size, 
 void kvmneg_internal_sha256(const uint8_t *data, size_t size, size_t zeroed, uint8_t ret_digest[static SHA256_BYTES]) {
         uint32_t state[8] = { 0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19 };
         size_t whole = size - size % BLOCK;
+        sha256_compress *compress = kvmneg_internal_sha256_cpu ? kvmneg_internal_sha256_cpu() : NULL;
         uint8_t block[BLOCK];
 
+        if (!compress)
+                compress = in_c;
         for (size_t at = 0; at < whole; at += BLOCK)
                 if (zeroed < at + BLOCK && at < zeroed + SHA256_BYTES) {
                         take(block, data, size, at, zeroed);
-                        compress(state, block);
+                        compress(state, block, constants);
                 } else
-                        compress(state, data + at);
+                        compress(state, data + at, constants);
 
         /* Section 5.1.1: a one, zeros, and the length in bits at the end of a block. */
         memset(block, 0, sizeof(block));
@@ -98,12 +101,12 @@ void kvmneg_internal_sha256(const uint8_t *data, size_t size, size_t zeroed, uin
                 take(block, data, size, whole, zeroed);
         block[size - whole] = 0x80;
         if (size - whole >= BLOCK - 8) {
-                compress(state, block);
+                compress(state, block, constants);
                 memset(block, 0, sizeof(block));
         }
         put_big_endian(block + BLOCK - 8, (uint32_t) ((uint64_t) size >> 29));
         put_big_endian(block + BLOCK - 4, (uint32_t) ((uint64_t) size << 3));
-        compress(state, block);
+        compress(state, block, constants);
         for (unsigned i = 0; i < 8; i++)
                 put_big_endian(ret_digest + 4 * i, state[i]);
 }
