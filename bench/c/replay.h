@@ -115,7 +115,7 @@ static int compare(const void *a, const void *b) {
         return (x > y) - (x < y);
 }
 
-static uint64_t median(uint64_t *values, unsigned rounds) {
+__attribute__((unused)) static uint64_t median(uint64_t *values, unsigned rounds) {
         qsort(values, rounds, sizeof(values[0]), compare);
         return values[rounds / 2];
 }
