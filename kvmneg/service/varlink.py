@@ -320,7 +320,19 @@ class Server(Loop):
         """Serve one that was accepted. Its first call is there as a rule: looked for at once, that saves a turn."""
         self._connections[connection.fd] = connection
         self.epoll.register(connection.fd, connection.interest)
-        self._event(connection, _IN)
+        try:
+            data = connection.recv(self._limits.READ_CHUNK_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        reply = self._dispatch.cached(data)
+        if reply is None:
+            self._received(connection, data)
+            return
+        self.acceptor.called(connection)
+        connection.warm = True
+        self.transmit(connection, reply)
 
     def close_connection(self, connection: Connection) -> None:
         """Close; what is queued for it is discarded. Nothing happens where it is closed already."""
