@@ -81,6 +81,7 @@ class Served:
 
     def __init__(self, path: str, toy: Any, server: varlink.Server) -> None:
         self.path, self.toy, self.server = path, toy, server
+        self.waiting: list[Wire] = []
         self._wires: list[Wire] = []
 
     def connect(self) -> Wire:
@@ -107,10 +108,15 @@ class Served:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    """serve(reply_bytes=…, LIMIT=value …): a server with these limits changed, ended with the test."""
+    """serve(reply_bytes=…, LIMIT=value …): a server with these limits changed, ended with the test.
+
+    `waiting` is what clients that connected before it runs have sent; their wires are `served.waiting`.
+    """
     running: list[tuple[Served, threading.Thread, socket.socket]] = []
 
-    def start(reply_bytes: int = 100, path: str = "", **changed: float) -> Served:
+    def start(
+        reply_bytes: int = 100, path: str = "", waiting: tuple[bytes, ...] = (), **changed: float
+    ) -> Served:
         path = path or str(tmp_path / f"socket{len(running)}")
         listener = toy_server.listen(path)
         bounds = toy_server.changed_limits(**changed)
@@ -118,8 +124,11 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
         server = varlink.Server(listener, toy, limits=bounds)
         toy.attach(server)
         thread = threading.Thread(target=server.run)
-        thread.start()
         served = Served(path, toy, server)
+        for sent in waiting:
+            served.waiting.append(served.connect())
+            served.waiting[-1].send(sent)
+        thread.start()
         running.append((served, thread, listener))
         return served
 

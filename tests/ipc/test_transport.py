@@ -213,6 +213,27 @@ def test_a_known_call_is_answered_from_its_bytes(serve):
     assert served.toy.called.count("org.example.toy.Big") <= 2
 
 
+@pytest.mark.parametrize("reply_bytes", [9000, 3_000_000])
+def test_calls_that_came_with_their_connections(serve, reply_bytes):
+    """Known by then or not, several, half of one, nothing: as if they had come later."""
+    big = b'{"method":"org.example.toy.Big"}\0'
+    served = serve(
+        reply_bytes, waiting=(big, big, big * 3, big + ECHO % b"x", big[:9], b""), FIRST_CALL_SECONDS=0.5
+    )
+    for wire, count in zip(served.waiting, (1, 1, 3, 1), strict=False):
+        assert [len(wire.read()["parameters"]["data"]) for _ in range(count)] == [reply_bytes] * count
+    assert served.toy.called.count("org.example.toy.Big") == 1  # the others were known when they came
+    assert served.waiting[3].read() == {"parameters": {"text": "x"}}
+    assert served.waiting[4].closed() and served.waiting[5].closed()  # they sent no call in time
+    for wire in served.waiting[:4]:
+        assert wire.ask("org.example.toy.Echo", {"text": "y"}) == {"parameters": {"text": "y"}}
+    gone = [served.connect() for _ in range(20)]
+    for wire in gone:
+        wire.send(big)
+        wire.socket.close()  # with the reply unread
+    served.wait(lambda: served.server.connections == 4)
+
+
 def test_a_reply_larger_than_any_socket_buffer(serve):
     served = serve(reply_bytes=3_000_000)
     wire, other = served.connect(), served.connect()
