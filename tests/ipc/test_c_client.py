@@ -468,6 +468,24 @@ def test_exports(tmp_path: Path, build_client: Callable[..., Path]) -> None:
     }
 
 
+def test_the_header_is_a_binding(tmp_path: Path, build_client: Callable[..., Path], script: Script) -> None:
+    """As it says: with KVMNEG_CDEF it is what cffi takes, and the library is called by it."""
+    from cffi import FFI
+
+    library = build_client(tmp_path / "client.so", "-shared", "-fPIC", *SOURCES, *LIBRARY)
+    command = ["gcc", "-E", "-P", "-DKVMNEG_CDEF", "-x", "c", CLIENT / "kvmneg-client.h"]
+    ffi = FFI()
+    ffi.cdef(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    code = ffi.dlopen(str(library))
+    assert code.KVMNEG_CLIENT_CALL_MAX == limits.CALL_BYTES
+    script.replies({"parameters": {**OFFER, "notGranted": [BLOCKER]}})
+    offer = ffi.new("struct kvmneg_offer **")
+    r = code.kvmneg_negotiate(script.path.encode(), REQUEST.encode(), 20_000, offer, ffi.NULL)
+    assert (r, ffi.string(offer[0].digest).decode()) == (0, DIGEST)
+    assert ffi.string(offer[0].not_granted).decode() == BLOCKER_LINE
+    assert code.kvmneg_offer_free(offer[0]) == ffi.NULL
+
+
 def test_the_header_in_cpp_and_its_limits(tmp_path: Path) -> None:
     """It compiles as C++, and its limits are those of the daemon and the other client."""
     if not shutil.which("g++"):
