@@ -103,17 +103,19 @@ def _try_hiding(report: Report, feature: Feature, path: str) -> None:
     """Have a guest execute the instruction of a feature that is hidden from it, and put into the report what came."""
     from kvmneg.errors import KvmFault, NoKvm
     from kvmneg.features.words import X86_64
+    from kvmneg.host.measure import ARCHITECTURE
 
-    if report.architecture != X86_64 or feature.name in report.instructions:
+    if report.architecture != ARCHITECTURE or ARCHITECTURE != X86_64 or feature.name in report.instructions:
         return
-    from kvmneg.host import instructions_x86, verify_x86
+    from kvmneg.host import proof
     from kvmneg.host.kvm import Kvm
 
-    if feature.name not in instructions_x86.CODE:
+    verifier = proof.verifier()
+    if feature.name not in verifier.CODE:
         return
     try:
         with Kvm.open(path) as kvm:
-            mark = verify_x86.mark_of(kvm, feature.name)
+            mark = verifier.mark_of(kvm, feature.name)
     except (NoKvm, KvmFault):
         return  # the report is the daemon's, or there is no room for a guest: it is told without
     if mark is not None:

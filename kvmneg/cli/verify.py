@@ -9,12 +9,11 @@ from kvmneg.cli.output import Screen, count, print_json
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from kvmneg.cli.arguments import Parser
-    from kvmneg.host.proof_x86 import Sight, Standing
-    from kvmneg.host.verify_x86 import Proof
+    from kvmneg.host.sight import Proof, Sight, Standing
     from kvmneg.policy.contract import Contract
 
 BROKEN = 1
@@ -22,9 +21,9 @@ _BROKEN_GRADES = ("replaced", "refused", "leaks")
 _TITLES = {
     "contract": "under the contract",
     "offer": "everything that this host offers",
-    "emptied": "none of the features that this host offers, but for long mode",
+    "emptied": "none of the features that this host offers, but for what no guest can be without",
 }
-_HEAD = ("word", "promised", "set", "read back", "real mode", "CPL 0", "CPL 3", "")
+_MODES = {"real": "real mode", "cpl0": "CPL 0", "cpl3": "CPL 3", "el1": "EL1", "el0": "EL0"}
 _NOTHING = "-"
 
 
@@ -63,18 +62,16 @@ def _contract(arguments: argparse.Namespace) -> Contract | None:
 def _prove(path: str, contract: Contract | None) -> Proof:
     """Run the guests. Raises NoKvm, KvmFault, UsageError."""
     from kvmneg.errors import UsageError
-    from kvmneg.features.words import X86_64
+    from kvmneg.host import proof
     from kvmneg.host.measure import ARCHITECTURE
 
-    if ARCHITECTURE != X86_64:
-        raise UsageError("there are no proof guests for this architecture yet", hint="they are x86's")
     if contract and contract.architecture != ARCHITECTURE:
         raise UsageError(f"a contract of {contract.architecture}, this host is {ARCHITECTURE}")
-    from kvmneg.host import verify_x86
     from kvmneg.host.kvm import Kvm
 
     with Kvm.open(path) as kvm:
-        return verify_x86.prove(kvm, contract.bound() if contract else None)
+        found: Proof = proof.verifier().prove(kvm, contract.bound() if contract else None)
+        return found
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------
@@ -85,7 +82,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
     return {
         "grades": proof.grades(),
         "tables": {
-            name: {word: _sight_json(word, sight) for word, sight in table.items()}
+            name: {word: _sight_json(proof.modes, word, sight) for word, sight in table.items()}
             for name, table in proof.tables.items()
         },
         "paravirtual": {
@@ -101,7 +98,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
     }
 
 
-def _sight_json(word: str, sight: Sight) -> dict[str, Any]:
+def _sight_json(modes: Sequence[str], word: str, sight: Sight) -> dict[str, Any]:
     from kvmneg.features.words import text_value
 
     def text(value: int | None) -> str | None:
@@ -112,7 +109,7 @@ def _sight_json(word: str, sight: Sight) -> dict[str, Any]:
         "mask": text(sight.bound),
         "set": text(sight.value),
         "read_back": text(sight.shown),
-        **dict(zip(("real", "cpl0", "cpl3"), map(text, sight.seen), strict=True)),
+        **dict(zip(modes, map(text, sight.seen), strict=True)),
         "grade": sight.grade,
     }
 
@@ -126,7 +123,7 @@ def _show(screen: Screen, proof: Proof, broken: list[str], *, everything: bool) 
     else:
         screen.line(f"{screen.good('kept')}: guests see what they are to see")
     for name, table in proof.tables.items():
-        _table(screen, name, table, everything=everything)
+        _table(screen, proof.modes, name, table, everything=everything)
     _paravirtual(screen, proof.paravirtual)
     _instructions(screen, proof.instructions)
     if proof.untried:
@@ -134,13 +131,15 @@ def _show(screen: Screen, proof: Proof, broken: list[str], *, everything: bool) 
         screen.words("", proof.untried)
     screen.line()
     screen.paragraph(
-        "= is what was set, - what could not be asked there (RDMSR is a kernel's). Bits that the VMM or KVM gives by "
-        "itself are left out.",
+        "= is what was set, - what could not be asked there (RDMSR and MRS are a kernel's). Bits that the VMM or KVM "
+        "gives by itself are left out.",
         style="dim",
     )
 
 
-def _table(screen: Screen, name: str, table: Mapping[str, Sight], *, everything: bool) -> None:
+def _table(
+    screen: Screen, modes: Sequence[str], name: str, table: Mapping[str, Sight], *, everything: bool
+) -> None:
     rows = {word: sight for word, sight in table.items() if sight.bound}
     grades = [sight.grade for sight in rows.values()]
     totals = ", ".join(f"{grades.count(grade)} {grade}" for grade in dict.fromkeys(grades))
@@ -150,7 +149,8 @@ def _table(screen: Screen, name: str, table: Mapping[str, Sight], *, everything:
         for word, sight in rows.items()
         if everything or sight.grade != "honoured" or sight.value & sight.bound
     ]
-    screen.table([_HEAD, *shown])
+    head = ("word", "promised", "set", "read back", *(_MODES[mode] for mode in modes), "")
+    screen.table([head, *shown])
 
 
 def _row(word: str, sight: Sight) -> tuple[str, ...]:
@@ -192,7 +192,7 @@ def _standing(one: Standing) -> str:
 
 
 _MARKS = {
-    "trapped": "hidden, and their instructions raise #UD",
+    "trapped": "hidden, and their instructions raise an exception",
     "hidden only": "hidden, and their instructions are executed all the same",
     "untested": "hidden; no guest came to execute their instructions",
 }

@@ -15,7 +15,7 @@ import os
 
 from kvmneg import __version__, limits
 from kvmneg.clock import now
-from kvmneg.errors import StoreError
+from kvmneg.errors import StoreError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -96,16 +96,29 @@ def refresh(cache: str, path: str, digest: str) -> Kept:
     return kept
 
 
+def verifier() -> Any:
+    """This architecture's module: `prove(kvm, bound)`, `mark_of(kvm, feature)`, `CODE`. Raises UsageError."""
+    from kvmneg.features.words import X86_64
+    from kvmneg.host.measure import ARCHITECTURE
+
+    if ARCHITECTURE == X86_64:
+        from kvmneg.host import verify_x86
+
+        return verify_x86
+    raise UsageError("there are no proof guests for this architecture yet", hint="they are x86's")
+
+
 def prove(path: str) -> Kept:
     """Run the guests on each kind of CPU that this process may use: what one kind does not keep, the host does not."""
-    from kvmneg.host import enforcement, software, verify_x86, visit
+    from kvmneg.host import enforcement, software, visit
     from kvmneg.host.kvm import Kvm
 
+    verify = verifier()
     grades: dict[str, str] = {}
     marks: dict[str, str] = {}
     for cpu in visit.plan(software.cpu_classes()).cpus:
         with Kvm.open(path) as kvm:
-            found = visit.on(cpu, lambda kvm=kvm: verify_x86.prove(kvm))  # type: ignore[misc]
+            found = visit.on(cpu, lambda kvm=kvm: verify.prove(kvm))  # type: ignore[misc]
         grades = enforcement.joined(grades, found.grades())
         for feature, mark in found.instructions.items():
             marks[feature] = min(mark, marks.get(feature, mark), key=_MARKS.index)

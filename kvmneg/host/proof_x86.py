@@ -21,6 +21,7 @@ from kvmneg.host import guest_x86 as guest
 from kvmneg.host.enforcement import LEAKS, REFUSED, REPLACED, UNTESTED
 from kvmneg.host.guest_x86 import Question
 from kvmneg.host.kvm import MsrShown
+from kvmneg.host.sight import HIDDEN_ONLY, HONOURED, PARAVIRTUAL, TRAPPED, Sight, Standing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
 
     from kvmneg.host.guest_x86 import Answer
     from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch
-
-HONOURED = "honoured"
-TRAPPED = "trapped"  # the instruction raises #UD
-HIDDEN_ONLY = "hidden only"  # the CPU executes it all the same
 
 # KVM's own MSRs by the feature that announces them (Documentation/virt/kvm/x86/cpuid.rst and msr.rst)
 PARAVIRTUAL_MSRS = {
@@ -44,7 +41,6 @@ PARAVIRTUAL_MSRS = {
     "kvm-asyncpf-int": (0x4B564D06, 0x4B564D07),
     "kvm-migration-control": (0x4B564D08,),
 }
-PARAVIRTUAL = "cpuid:0x40000001.0.eax"
 _XCR0 = "cpuid:0xd.0.eax"
 _XTILE = 3 << 17  # AMX: permission to have it is the process's to ask for
 _EVERY_32, _EVERY_64 = (1 << 32) - 1, (1 << 64) - 1
@@ -56,24 +52,6 @@ class Table(NamedTuple):
     entries: list[CpuidEntry]
     msrs: Mapping[int, int]
     bound: Mapping[str, int] | None = None
-
-
-class Sight(NamedTuple):
-    """One word. `shown` is what KVM reads back, `seen` by mode what a guest saw; None where neither was possible."""
-
-    bound: int  # the bits that are compared
-    value: int  # what it was set to, all bits
-    shown: int | None
-    seen: tuple[int | None, ...]
-    grade: str
-
-
-class Standing(NamedTuple):
-    """A KVM MSR's feature: whether CPUID shows it, and whether a guest's RDMSR is refused, None where untested."""
-
-    shown: bool
-    refused: bool | None  # without KVM_CAP_ENFORCE_PV_FEATURE_CPUID
-    refused_enforced: bool | None  # with it
 
 
 def sights(kvm: Kvm, table: Table, base: Sequence[CpuidEntry] = ()) -> dict[str, Sight]:

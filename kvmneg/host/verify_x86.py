@@ -15,52 +15,23 @@ import os
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.host import enforcement, proof_x86, x86
+from kvmneg.host.guest_x86 import MODE_NAMES
+from kvmneg.host.instructions_x86 import BASES, CODE
 from kvmneg.host.kvm import CpuidEntry, raw_cpuid
 from kvmneg.host.proof_x86 import Table
+from kvmneg.host.sight import Proof
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from kvmneg.host.kvm import Kvm, Probe
-    from kvmneg.host.proof_x86 import Sight, Standing
 
     Bound = Mapping[str, tuple[int, int]]
 
 _SHOWN = ("cpuid:", "hyperv:", "msr:")  # to guests; capabilities are for VMMs
 _LONG_MODE = 1 << 29  # CPUID leaf 0x80000001 EDX
 _SUBLEAVES = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
-
-
-class Proof:
-    """What came of it. `tables`: name → word → Sight; `paravirtual` and `instructions` by feature."""
-
-    __slots__ = ("instructions", "paravirtual", "tables", "untried")
-
-    def __init__(
-        self,
-        tables: Mapping[str, Mapping[str, Sight]],
-        paravirtual: Mapping[str, Standing],
-        instructions: Mapping[str, str],
-        untried: Sequence[str] = (),
-    ) -> None:
-        self.tables = tables
-        self.paravirtual = paravirtual
-        self.instructions = instructions
-        self.untried = untried  # words that were promised, and that no guest can be asked for
-
-    def grades(self) -> dict[str, str]:
-        """The words that are not honoured in every table, with the worst grade."""
-        each = [
-            {word: sight.grade for word, sight in table.items() if sight.grade != proof_x86.HONOURED}
-            for table in self.tables.values()
-        ]
-        found: dict[str, str] = {}
-        for one in each:
-            found = enforcement.joined(found, one)
-        if any(one.refused_enforced is False and not one.shown for one in self.paravirtual.values()):
-            found.setdefault(proof_x86.PARAVIRTUAL, enforcement.LEAKS)
-        return {word: found[word] for word in sorted(found, key=words.order)}
 
 
 def prove(kvm: Kvm, bound: Bound | None = None) -> Proof:
@@ -80,6 +51,7 @@ def prove(kvm: Kvm, bound: Bound | None = None) -> Proof:
         if (offer.get(word, 0) | silicon.get(word, 0)) & mask and not bound.get(word, (0, 0))[0] & mask
     ]
     return Proof(
+        MODE_NAMES,
         {"contract": {word: sights[word] for word in sorted(sights, key=words.order) if word in bound}},
         proof_x86.paravirtual(kvm, entries),
         proof_x86.instructions(kvm, offered, entries, hidden),
@@ -120,7 +92,9 @@ def _prove_host(
     few = proof_x86.sights(kvm, Table(list(offered), lowered), offered)
     none.update((word, sight) for word, sight in few.items() if word.startswith("msr:"))
     sights = {"offer": proof_x86.sights(kvm, Table(list(offered), msrs), offered), "emptied": none}
-    return Proof(sights, proof_x86.paravirtual(kvm, emptied), _hidden_alone(kvm, offered, silicon))
+    return Proof(
+        MODE_NAMES, sights, proof_x86.paravirtual(kvm, emptied), _hidden_alone(kvm, offered, silicon)
+    )
 
 
 def emptied_table(offered: Sequence[CpuidEntry]) -> list[CpuidEntry]:
@@ -144,8 +118,6 @@ def _msrs(values: Mapping[int, int], *, lowered: bool) -> dict[int, int]:
 
 def _instructions() -> list[tuple[str, str, int]]:
     """Each feature that an instruction shows, with the place of its bit."""
-    from kvmneg.host.instructions_x86 import CODE
-
     names = catalogs.names(words.X86_64)
     return [(feature, names.feature(feature).word, names.feature(feature).mask) for feature in CODE]
 
@@ -154,8 +126,6 @@ def _hidden_alone(
     kvm: Kvm, offered: Sequence[CpuidEntry], silicon: Mapping[str, int], *, only: str = ""
 ) -> dict[str, str]:
     """The marks of all instructions that this CPU has: their bits cleared, and everything that they need there."""
-    from kvmneg.host.instructions_x86 import BASES
-
     offer = {
         word: value
         for entry in offered

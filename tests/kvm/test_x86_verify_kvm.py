@@ -135,7 +135,7 @@ def test_for_people(capsys: Capture, kvm: Kvm) -> None:
     out = capsys.readouterr().out
     assert ("broken: " if status else "kept: ") in out
     assert "\neverything that this host offers: " in out
-    assert "\nnone of the features that this host offers, but for long mode: " in out
+    assert "\nnone of the features that this host offers, but for what no guest can be without: " in out
     assert "  word " in out and " CPL 3\n" in out
     cli.main(["verify", "--all"])
     assert len(capsys.readouterr().out.splitlines()) > len(out.splitlines())
