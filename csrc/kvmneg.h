@@ -665,6 +665,78 @@ int kvmneg_arm_vgic_apply(int vgic_fd, uint32_t revision, struct kvmneg_failure 
 int kvmneg_arm_vgic_verify(int vgic_fd, uint32_t revision, struct kvmneg_failure *failure, struct kvmneg_trace *trace);
 int kvmneg_arm_vcpu_verify(int vcpu_fd, const struct kvmneg_register *registers, uint32_t count,
                            struct kvmneg_failure *failure, struct kvmneg_trace *trace);
+
+/* -- what a running guest sees ------------------------------------------------------------------------- */
+
+/* A VM with a vCPU that can run, and its vGIC, -1 where there is none. */
+struct kvmneg_machine {
+        int vm_fd, vcpu_fd, vgic_fd;
+};
+
+/*
+ * Makes one in the order of a VMM: kvmneg_arm_vm_apply, KVM_CREATE_VCPU, kvmneg_arm_vcpu_init with these features and
+ * registers (among which only MIDR, REVIDR, AIDR and SVE_VLS count), the best vGIC of `vgic_models` (KVMNEG_VGIC_*)
+ * initialised at the addresses of QEMU's "virt" machine, the PMU with interrupt 23 where there is one. What is left are
+ * the other registers: kvmneg_set_register() or kvmneg_arm_vcpu_apply(). `failure` as there.
+ * Release with kvmneg_machine_close(), which returns a machine of three times -1.
+ */
+int kvmneg_create_machine(int kvm_fd, uint32_t features, uint32_t vgic_models, const struct kvmneg_register *registers,
+                          uint32_t count, struct kvmneg_machine *ret_machine, struct kvmneg_failure *failure,
+                          struct kvmneg_trace *trace);
+struct kvmneg_machine kvmneg_machine_close(struct kvmneg_machine machine);
+
+enum {
+        KVMNEG_QUESTIONS_MAX = 1023, /* as many as the proof guest's memory has room for */
+        KVMNEG_QUESTION_CODE = 12,
+        KVMNEG_PROOF_SLOT = 0, /* the VM's memory slot that the guest's memory has while it runs, at 0x40000000 */
+};
+
+enum {
+        KVMNEG_MODE_EL1, /* as a kernel, MMU and caches off */
+        KVMNEG_MODE_EL0, /* as a user's program, the same */
+};
+
+enum {
+        KVMNEG_OUTCOME_OPEN,     /* it was not come to: time was over before */
+        KVMNEG_OUTCOME_ANSWERED, /* it was done */
+        KVMNEG_OUTCOME_FAULTED,  /* it raised an exception to EL1, with the syndrome in `detail` (ESR_EL1) */
+        KVMNEG_OUTCOME_ENDED,    /* the guest left by it, for the KVM_EXIT_* in `detail` or KVMNEG_EXIT_TIME */
+        KVMNEG_EXIT_TIME = 0x7fff0001, /* it did not come to an end in the time it had */
+};
+
+/* One thing the guest does, and what came of it. 128 bytes. */
+struct kvmneg_question {
+        uint64_t argument[4]; /* x0 to x3 */
+        uint64_t answer[4];   /* and as they come back; this and the next two are not looked at in a question */
+        uint64_t detail;
+        uint32_t outcome; /* KVMNEG_OUTCOME_* */
+        uint32_t answers; /* how many of x0 to x3 are wanted, 1 to 4 */
+        uint32_t code[12]; /* instructions that end in RET and leave X19, X20 and X30 alone; no memory but itself */
+};
+
+struct kvmneg_questions {
+        uint32_t count;
+        uint32_t padding;
+        struct kvmneg_question entries[];
+};
+
+/*
+ * The twin of x86's. The VM must have no memory from 0x40000000 on for 192 KiB, none at 0x09000000, and none in slot
+ * KVMNEG_PROOF_SLOT; it has none of this guest's afterwards. The vCPU has what it was given, is powered on, and by its
+ * first run KVM freezes its ID registers; general and some system registers are lost, and it may be asked again, in
+ * another mode too. All runs together take at most `milliseconds`.
+ *
+ * The calling thread has SIGRTMAX blocked meanwhile, and one that is pending for it is taken away.
+ *
+ *   -E2BIG   more than KVMNEG_QUESTIONS_MAX
+ *   -EINVAL  no such mode, no time, or not 1 to 4 answers
+ *   -EEXIST  the VM has memory there
+ *
+ * Release with kvmneg_free(). api.rst 4.10 (KVM_RUN), 4.35 (KVM_SET_USER_MEMORY_REGION), 5 (struct kvm_run).
+ */
+int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t milliseconds,
+                     const struct kvmneg_questions *questions, struct kvmneg_questions **ret_answers,
+                     struct kvmneg_trace *trace);
 #endif
 
 #ifndef KVMNEG_CDEF

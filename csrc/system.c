@@ -64,6 +64,10 @@ static const struct {
         NAME(KVM_SET_DEVICE_ATTR),
         NAME(KVM_GET_DEVICE_ATTR),
         NAME(KVM_HAS_DEVICE_ATTR),
+        NAME(KVM_GET_VCPU_MMAP_SIZE),
+        NAME(KVM_SET_USER_MEMORY_REGION),
+        NAME(KVM_SET_SIGNAL_MASK),
+        NAME(KVM_RUN),
 #endif
 #undef NAME
 };

@@ -15,7 +15,7 @@ import os
 
 from kvmneg import __version__, limits
 from kvmneg.clock import now
-from kvmneg.errors import StoreError, UsageError
+from kvmneg.errors import StoreError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def refresh(cache: str, path: str, digest: str) -> Kept:
 
 
 def verifier() -> Any:
-    """This architecture's module: `prove(kvm, bound)`, `mark_of(kvm, feature)`, `CODE`. Raises UsageError."""
+    """This architecture's module: `prove(kvm, bound)`, `mark_of(kvm, feature)`, `CODE`."""
     from kvmneg.features.words import X86_64
     from kvmneg.host.measure import ARCHITECTURE
 
@@ -105,7 +105,9 @@ def verifier() -> Any:
         from kvmneg.host import verify_x86
 
         return verify_x86
-    raise UsageError("there are no proof guests for this architecture yet", hint="they are x86's")
+    from kvmneg.host import verify_arm64
+
+    return verify_arm64
 
 
 def prove(path: str) -> Kept:

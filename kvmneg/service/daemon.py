@@ -104,17 +104,12 @@ def _measurer(arguments: Options) -> tuple[Measurer, list[VmmLookup | Prover]]:
         from kvmneg.service.recorded import RecordedMeasurer
 
         return RecordedMeasurer(arguments.report), []
-    from kvmneg.features.words import X86_64
-    from kvmneg.host.measure import ARCHITECTURE
     from kvmneg.host.measure import Measurer as HostMeasurer
+    from kvmneg.service.proofs import Prover
     from kvmneg.service.vmms import VmmLookup
 
     host = HostMeasurer(arguments.kvm)
     lookup = VmmLookup(arguments.state, host)
-    if ARCHITECTURE != X86_64:  # there are no proof guests for it yet
-        return lookup, [lookup]
-    from kvmneg.service.proofs import Prover
-
     return lookup, [lookup, Prover(arguments.state, arguments.kvm, host)]
 
 
