@@ -180,10 +180,13 @@ static int take(struct guest *guest, struct kvmneg_question *row) {
 }
 
 /* api.rst 5: what it left for is finished by the next KVM_RUN, which must not begin anything else. */
-static void finish_exit(struct guest *guest) {
+static int finish_exit(struct guest *guest) {
+        int r;
+
         guest->run->immediate_exit = 1;
-        (void) kvmneg_internal_ioctl(guest->vcpu_fd, KVM_RUN, 0, NULL);
+        r = kvmneg_internal_ioctl(guest->vcpu_fd, KVM_RUN, 0, NULL); /* EINTR is what it is to fail with */
         guest->run->immediate_exit = 0;
+        return r < 0 && r != -EINTR && r != -EAGAIN ? r : 0;
 }
 
 /* Row by row: one that ends the run is noted, and the next run begins behind it. */
@@ -203,14 +206,12 @@ static int run_rows(struct guest *guest, struct kvmneg_question *rows, uint32_t 
                 if (started) {
                         r = take(guest, &rows[row]);
                 } else {
-                        finish_exit(guest);
+                        r = finish_exit(guest);
                         rows[row].outcome = KVMNEG_OUTCOME_ENDED;
                         rows[row].detail = reason;
                 }
         }
-        if (started)
-                finish_exit(guest);
-        return r;
+        return r >= 0 && started ? finish_exit(guest) : r;
 }
 
 static int check_questions(const struct kvmneg_questions *questions, uint32_t mode, uint32_t milliseconds) {

@@ -230,6 +230,8 @@ def _enforcement(screen: Screen, report: Report) -> None:
     """Which words KVM does not keep to: a guest may see more than its contract says."""
     if not report.enforcement:
         return  # never tried: an older kvmneg, an import, or a KVM that cannot be asked
+    from kvmneg.features import words
+
     found: dict[str, list[str]] = {grade: [] for grade in _GRADES}
     for word, grade in report.enforcement.items():
         if grade in found:
@@ -240,9 +242,11 @@ def _enforcement(screen: Screen, report: Report) -> None:
         if names:
             screen.words(grade, names)
             screen.words("", _GRADES[grade].split(" "))
-    tried = "CPUID and feature MSRs, each set and read back; a running guest may see more (kvmneg verify)"
+    kinds = {words.X86_64: "CPUID and feature MSRs, each set", words.ARM64: "registers, each changed"}
+    tried = f"{kinds[report.architecture]} and read back; a running guest may see more (kvmneg verify)"
     if report.measured.get("guests"):
-        tried = f"CPUID and feature MSRs, each set and read back, and seen by guests ({report.measured['guests']})"
+        seen = f"and seen by guests ({report.measured['guests']})"
+        tried = f"{kinds[report.architecture]} and read back, {seen}"
     screen.words("tried", tried.split(" "))
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ARCHITECTURE = words.ARM64
 
 FEATURES = "arm:vcpu-features"
+REGISTERS = "arm64:"
+UNTESTED = "untested"  # kvmneg.host.enforcement, which would load more than a measurement needs
 # Words of which each kind of core in a mixed host has its own: MIDR_EL1, REVIDR_EL1, AIDR_EL1, PMCR_EL0.
 _OF_ONE_CORE = (0x603000000013C000, 0x603000000013C006, 0x603000000013C807, 0x603000000013DCE0)
 # The PMU's fields: ID_AA64DFR0_EL1.PMUVer, ID_DFR0_EL1.PerfMon; and KVM_ARM_VCPU_PMU_V3, PMU_V3_STRICT.
@@ -71,6 +73,13 @@ class Decoder:
     def settable(self, probe: Probe) -> dict[str, int]:
         """Bits that were changed, read back and put back, by word; words without any are left out."""
         return {self._words[trial.id]: trial.settable for trial in probe.trials if trial.settable}
+
+    def untested(self, offer: Mapping[str, int]) -> dict[str, str]:
+        """The grades of a measurement: registers were changed and read back, of other words nothing is.
+
+        What KVM takes and does not keep is `dropped`, which no contract asks for.
+        """
+        return {word: UNTESTED for word in sorted(offer, key=words.order) if not word.startswith(REGISTERS)}
 
     def dropped(self, probe: Probe) -> dict[str, int]:
         """Bits of which a change was taken without an error and without an effect."""

@@ -148,6 +148,7 @@ class Measurer:
         return {
             "identity": {**arm64.identity(plan.kinds), **_kinds(plan, [one.identity for one in plan.kinds])},
             "offer": offer,
+            "enforcement": decoder.untested(offer),
             "settable": arm64.settable_on_all([decoder.settable(probe) for probe in probes]),
             "dropped": arm64.dropped_on_any([decoder.dropped(probe) for probe in probes]),
             "registers": arm64.on_all(probe.register_list for probe in probes),

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """How far a host holds a guest to its contract, from the grades in the host's report. Pure.
 
-    enforced    KVM took every CPUID register and MSR that the contract binds, and showed it unchanged
+    enforced    KVM took every CPUID register, MSR and arm64 register that the contract binds, and showed it unchanged
     partial     it did not, for some of them
     unverified  nobody tried: the report has no grades
 
-Capabilities and devices (kvm:, tap:, vhost-net:) do not count: they are the VMM's to use or not, nothing that a
-guest reads. A report with grades lists them as untested; one without any grade was never tried.
+Capabilities, devices and what a vCPU is made with (kvm:, tap:, vhost-net:, arm:) do not count: they are the VMM's to
+use or not, nothing that a guest reads. A report with grades lists them as untested; one without any grade was never
+tried.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 UNVERIFIED, PARTIAL, ENFORCED = GRADES
 
-_SHOWN = ("cpuid", "msr", "hyperv")
+_SHOWN = ("cpuid", "msr", "hyperv", "arm64")
 _ENLIGHTENMENTS = "hyperv"
 # grade of a word (kvmneg.host.enforcement) → why that is not enough; leaks: a running guest saw something else
 _REASONS = {

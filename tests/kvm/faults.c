@@ -12,11 +12,15 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "kvm-constants.h"
@@ -238,6 +242,12 @@ static int which(uint64_t id) {
         return -1;
 }
 
+/* What a proof guest is started with: general registers, SCTLR_EL1, CPACR_EL1, VBAR_EL1. There is no PMUSERENR_EL0. */
+static bool is_state(uint64_t id) {
+        return (id & KVM_REG_ARM_COPROC_MASK) == KVM_REG_ARM_CORE || id == SYSTEM(0xc080) || id == SYSTEM(0xc082) ||
+               id == SYSTEM(0xc600);
+}
+
 static int fake_set(const struct kvm_one_reg *request) {
         int i = which(request->id);
         uint64_t value = i == CACHE ? *(uint32_t *) (uintptr_t) request->addr : *(uint64_t *) (uintptr_t) request->addr;
@@ -245,7 +255,7 @@ static int fake_set(const struct kvm_one_reg *request) {
 
         switch (i) {
         case -1:
-                return fail(ENOENT);
+                return is_state(request->id) ? 0 : fail(ENOENT);
         case BITMAP:
                 if (value > 3)
                         return fail(EINVAL);
@@ -288,6 +298,59 @@ static int fake_init(const struct kvm_vcpu_init *init) {
         return features & always ? 0 : fail(EINVAL);
 }
 
+#define RUN_BYTES 65536
+
+/* A guest of four rows: it answers, raises an exception, leaves for a reason of its own, and never comes back. */
+static struct kvm_run *fake_run_page;
+static unsigned fake_row;
+
+/* Timers that are over at once, where they are wrapped: qemu-user cannot have one of SIGRTMAX. */
+int __wrap_timer_create(clockid_t clock, struct sigevent *event, timer_t *timer);
+int __wrap_timer_create(clockid_t clock, struct sigevent *event, timer_t *timer) {
+        (void) clock, (void) event;
+        memset(timer, 0, sizeof(*timer));
+        return 0;
+}
+
+int __wrap_timer_settime(timer_t timer, int flags, const struct itimerspec *when, struct itimerspec *before);
+int __wrap_timer_settime(timer_t timer, int flags, const struct itimerspec *when, struct itimerspec *before) {
+        (void) timer, (void) flags, (void) when, (void) before;
+        return 0;
+}
+
+int __wrap_timer_gettime(timer_t timer, struct itimerspec *left);
+int __wrap_timer_gettime(timer_t timer, struct itimerspec *left) {
+        (void) timer;
+        memset(left, 0, sizeof(*left));
+        return 0;
+}
+
+int __wrap_timer_delete(timer_t timer);
+int __wrap_timer_delete(timer_t timer) {
+        (void) timer;
+        return 0;
+}
+
+static int fake_run(void) {
+        static const struct timespec late = { .tv_nsec = 3000000 };
+        struct kvm_run *page = fake_run_page;
+        uint64_t value = UINT64_C(0x2000000) + fake_row;
+
+        if (page->immediate_exit)
+                return fail(EINTR);
+        if (fake_row == 3) {
+                nanosleep(&late, NULL);
+                return fail(EINTR);
+        }
+        page->exit_reason = fake_row == 2 ? KVM_EXIT_SYSTEM_EVENT : KVM_EXIT_MMIO;
+        page->mmio.phys_addr = UINT64_C(0x09000000) + 8 * fake_row;
+        page->mmio.is_write = 1;
+        page->mmio.len = sizeof(value);
+        memcpy(page->mmio.data, &value, sizeof(value));
+        fake_row++;
+        return 0;
+}
+
 static int fake_create_device(struct kvm_create_device *device) {
         if (device->type == KVM_DEV_TYPE_ARM_VGIC_V2)
                 return fail(ENODEV);
@@ -321,7 +384,13 @@ static int fake_architecture(int fd, unsigned long request, void *argument) {
         case KVM_ARM_VCPU_FINALIZE:
         case KVM_SET_DEVICE_ATTR:
         case KVM_HAS_DEVICE_ATTR:
+        case KVM_SET_USER_MEMORY_REGION:
+        case KVM_SET_SIGNAL_MASK:
                 return 0;
+        case KVM_GET_VCPU_MMAP_SIZE:
+                return RUN_BYTES;
+        case KVM_RUN:
+                return fake_run();
         }
         return fail(ENOTTY);
 }
@@ -665,6 +734,76 @@ static int run_dropped(bool *ret_touched, struct kvmneg_trace *trace) {
         *ret_touched = false;
         return r;
 }
+
+/* With a vGIC and without; vector lengths that the fake has not. */
+static int run_machine(bool *ret_touched, struct kvmneg_trace *trace) {
+        uint32_t features = 1 << KVM_ARM_VCPU_PSCI_0_2 | 1 << KVM_ARM_VCPU_SVE | 1 << KVM_ARM_VCPU_PMU_V3;
+        struct kvmneg_machine machine = { -77, -77, -77 };
+        int r = kvmneg_create_machine(3, features, KVMNEG_VGIC_V3, contract, CONTRACT, &machine, NULL, trace);
+
+        *ret_touched = machine.vm_fd != -77 || machine.vcpu_fd != -77 || machine.vgic_fd != -77;
+        if (r < 0)
+                return r;
+        if (machine.vgic_fd < 0 || values[VLS] != 1)
+                r = -EILSEQ;
+        machine = kvmneg_machine_close(machine);
+        return machine.vm_fd == -1 && machine.vcpu_fd == -1 && machine.vgic_fd == -1 ? r : -EILSEQ;
+}
+
+/* Each outcome once; the guest's memory, the signal's mask and the timer are gone afterwards. */
+static int run_ask(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct {
+                struct kvmneg_questions head;
+                struct kvmneg_question rows[5];
+        } asked = { .head = { .count = 5 },
+                    .rows = { { .answers = 4 }, { .answers = 1 }, { .answers = 1 }, { .answers = 1 }, { .answers = 1 } } };
+        struct kvmneg_questions *answers = UNTOUCHED;
+        int vcpu = memfd_create("vcpu", MFD_CLOEXEC), r;
+        const struct kvmneg_question *row;
+        sigset_t before, after;
+
+        if (vcpu < 0 || ftruncate(vcpu, RUN_BYTES) < 0)
+                return -EILSEQ;
+        fake_run_page = mmap(NULL, RUN_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+        fake_row = 0;
+        pthread_sigmask(SIG_BLOCK, NULL, &before);
+        r = kvmneg_ask_guest(3, 4, vcpu, KVMNEG_MODE_EL0, 1, &asked.head, &answers, trace);
+        pthread_sigmask(SIG_BLOCK, NULL, &after);
+        munmap(fake_run_page, RUN_BYTES);
+        kvmneg_close(vcpu);
+        *ret_touched = answers != UNTOUCHED;
+        if (sigismember(&before, SIGRTMAX) != sigismember(&after, SIGRTMAX))
+                return -EILSEQ;
+        if (r < 0)
+                return r;
+        row = answers->entries;
+        r = row[0].outcome == KVMNEG_OUTCOME_ANSWERED && row[0].answer[0] == 0x2000000 && row[0].answer[3] == 0x1234 &&
+            row[1].outcome == KVMNEG_OUTCOME_FAULTED && row[1].detail == 0x2000001 &&
+            row[2].outcome == KVMNEG_OUTCOME_ENDED && row[2].detail == KVM_EXIT_SYSTEM_EVENT &&
+            row[3].outcome == KVMNEG_OUTCOME_ENDED && row[3].detail == KVMNEG_EXIT_TIME &&
+            row[4].outcome == KVMNEG_OUTCOME_OPEN ? 0 : -EILSEQ;
+        kvmneg_free(answers);
+        return r;
+}
+
+/* What is no question is refused before anything is done. */
+static int run_no_question(bool *ret_touched, struct kvmneg_trace *trace) {
+        struct {
+                struct kvmneg_questions head;
+                struct kvmneg_question row;
+        } asked = { .head = { .count = 1 }, .row = { .answers = 5 } };
+        struct kvmneg_questions *answers = UNTOUCHED;
+        int none = kvmneg_ask_guest(3, 4, 99, KVMNEG_MODE_EL1, 1, &asked.head, &answers, trace);
+        int mode = kvmneg_ask_guest(3, 4, 99, KVMNEG_MODE_EL0 + 1, 1, &asked.head, &answers, trace);
+        int time = kvmneg_ask_guest(3, 4, 99, KVMNEG_MODE_EL1, 0, &asked.head, &answers, trace);
+        int many;
+
+        asked.head.count = KVMNEG_QUESTIONS_MAX + 1;
+        many = kvmneg_ask_guest(3, 4, 99, KVMNEG_MODE_EL1, 1, &asked.head, &answers, trace);
+        *ret_touched = true;
+        return none == -EINVAL && mode == -EINVAL && time == -EINVAL && many == -E2BIG && answers == UNTOUCHED &&
+               trace->count == 0 ? 0 : -EILSEQ;
+}
 #define LIST_REQUEST KVM_GET_REG_LIST
 #endif
 
@@ -683,6 +822,8 @@ static const struct {
         { "try_mce", run_try_mce },
 #elif defined(__aarch64__)
         { "apply", run_apply },         { "dropped", run_dropped },
+        { "machine", run_machine },     { "ask", run_ask },
+        { "no_question", run_no_question },
 #endif
 };
 #define SCENARIOS (sizeof(scenarios) / sizeof(scenarios[0]))

@@ -21,7 +21,8 @@ SYSROOT = "/usr/aarch64-linux-gnu"
 SOURCES = [path for path in sorted((ROOT / "csrc").rglob("*.[cS]")) if not path.name.startswith("x86")]
 ARM64 = ("KVM_ARM_PREFERRED_TARGET", "KVM_ARM_VCPU_INIT", "KVM_SET_ONE_REG", "KVM_ARM_GET_REG_WRITABLE_MASKS")
 FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-I", ROOT / "csrc")
-WRAP = tuple(f"-Wl,--wrap={name}" for name in ("ioctl", "calloc", "free"))
+TIMERS = tuple(f"timer_{verb}" for verb in ("create", "settime", "gettime", "delete"))
+WRAP = tuple(f"-Wl,--wrap={name}" for name in ("ioctl", "calloc", "free", *TIMERS))
 
 
 def build(program: Path, *arguments: str | Path) -> list[str]:
@@ -75,6 +76,9 @@ def test_nth_ioctl_fails(faults: list[str], error: int) -> None:
         "one",
         "apply",
         "dropped",
+        "machine",
+        "ask",
+        "no_question",
     }
     for _scenario, kind, _nth, result, touched, descriptors, allocations, _ioctls, failed in rows:
         expected = {"none": 0, "error": -error, "allocation": -errno.ENOMEM}[kind]
