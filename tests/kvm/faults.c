@@ -300,11 +300,8 @@ static int fake_init(const struct kvm_vcpu_init *init) {
 
 #define RUN_BYTES 65536
 
-/* A guest of four rows: it answers, raises an exception, leaves for a reason of its own, and never comes back. */
-static struct kvm_run *fake_run_page;
-static unsigned fake_row;
-
-/* Timers that are over at once, where they are wrapped: qemu-user cannot have one of SIGRTMAX. */
+#if defined(WITH_TIMERS)
+/* Timers that are over at once: qemu-user cannot have one of SIGRTMAX. */
 int __wrap_timer_create(clockid_t clock, struct sigevent *event, timer_t *timer);
 int __wrap_timer_create(clockid_t clock, struct sigevent *event, timer_t *timer) {
         (void) clock, (void) event;
@@ -330,6 +327,11 @@ int __wrap_timer_delete(timer_t timer) {
         (void) timer;
         return 0;
 }
+#endif
+
+/* A guest of four rows: it answers, raises an exception, leaves for a reason of its own, and never comes back. */
+static struct kvm_run *fake_run_page;
+static unsigned fake_row;
 
 static int fake_run(void) {
         static const struct timespec late = { .tv_nsec = 3000000 };
@@ -750,6 +752,7 @@ static int run_machine(bool *ret_touched, struct kvmneg_trace *trace) {
         return machine.vm_fd == -1 && machine.vcpu_fd == -1 && machine.vgic_fd == -1 ? r : -EILSEQ;
 }
 
+#if defined(WITH_TIMERS)
 /* Each outcome once; the guest's memory, the signal's mask and the timer are gone afterwards. */
 static int run_ask(bool *ret_touched, struct kvmneg_trace *trace) {
         struct {
@@ -785,6 +788,7 @@ static int run_ask(bool *ret_touched, struct kvmneg_trace *trace) {
         kvmneg_free(answers);
         return r;
 }
+#endif
 
 /* What is no question is refused before anything is done. */
 static int run_no_question(bool *ret_touched, struct kvmneg_trace *trace) {
@@ -822,8 +826,10 @@ static const struct {
         { "try_mce", run_try_mce },
 #elif defined(__aarch64__)
         { "apply", run_apply },         { "dropped", run_dropped },
-        { "machine", run_machine },     { "ask", run_ask },
-        { "no_question", run_no_question },
+        { "machine", run_machine },     { "no_question", run_no_question },
+#if defined(WITH_TIMERS)
+        { "ask", run_ask },
+#endif
 #endif
 };
 #define SCENARIOS (sizeof(scenarios) / sizeof(scenarios[0]))

@@ -22,7 +22,7 @@ SOURCES = [path for path in sorted((ROOT / "csrc").rglob("*.[cS]")) if not path.
 ARM64 = ("KVM_ARM_PREFERRED_TARGET", "KVM_ARM_VCPU_INIT", "KVM_SET_ONE_REG", "KVM_ARM_GET_REG_WRITABLE_MASKS")
 FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-I", ROOT / "csrc")
 TIMERS = tuple(f"timer_{verb}" for verb in ("create", "settime", "gettime", "delete"))
-WRAP = tuple(f"-Wl,--wrap={name}" for name in ("ioctl", "calloc", "free", *TIMERS))
+WRAP = ("-DWITH_TIMERS", *(f"-Wl,--wrap={name}" for name in ("ioctl", "calloc", "free", *TIMERS)))
 
 
 def build(program: Path, *arguments: str | Path) -> list[str]:
