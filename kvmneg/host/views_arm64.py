@@ -166,8 +166,8 @@ def _bitmap(number: int, answers: Sequence[Answer]) -> int | None:
 def as_kept(word: str, shown: int | None, seen: int | None) -> int | None:
     """What a guest saw; where that is KVM's way of showing what it keeps, what it keeps.
 
-    Of a data cache KVM had one set and one way for guests until Linux 6.2, so that nobody cleans by set and way
-    (access_ccsidr in arch/arm64/kvm/sys_regs.c); of workaround 2 they are not told whether it is unknown or available.
+    Of a data cache KVM has one set and one way for guests until Linux 6.2, where it intercepts them (CPUs whose caches
+    differ), so that nobody cleans by set and way (access_ccsidr in arch/arm64/kvm/sys_regs.c); of workaround 2 they are not told whether it is unknown or available.
     """
     if shown is None or seen is None or not word.startswith("arm64:"):
         return seen

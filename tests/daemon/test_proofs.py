@@ -16,7 +16,6 @@ import pytest
 
 from kvmneg.features.report import Report, combo_digest
 from kvmneg.host import proof
-from kvmneg.host.measure import ARCHITECTURE
 from kvmneg.service import proofs
 from kvmneg.service.loop import Loop
 from kvmneg.service.proofs import Prover
@@ -158,7 +157,6 @@ def test_what_a_child_found_is_measured_in(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.kvm
-@pytest.mark.skipif(ARCHITECTURE != "x86_64", reason="these words are x86's")
 def test_a_daemon_proves_its_host(real_kvm: None, make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     """Without being waited for; what its guests saw is there at its next start from the first answer on."""
     daemon = make_daemon("--kvm", "/dev/kvm").start()
