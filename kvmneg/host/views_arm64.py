@@ -167,7 +167,8 @@ def as_kept(word: str, shown: int | None, seen: int | None) -> int | None:
     """What a guest saw; where that is KVM's way of showing what it keeps, what it keeps.
 
     Of a data cache KVM has one set and one way for guests until Linux 6.2, where it intercepts them (CPUs whose caches
-    differ), so that nobody cleans by set and way (access_ccsidr in arch/arm64/kvm/sys_regs.c); of workaround 2 they are not told whether it is unknown or available.
+    differ), so that nobody cleans by set and way (access_ccsidr in arch/arm64/kvm/sys_regs.c); of workaround 2 guests
+    are not told whether it is unknown or available.
     """
     if shown is None or seen is None or not word.startswith("arm64:"):
         return seen
