@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import subprocess
 import sys
@@ -86,18 +87,48 @@ def test_what_it_does_not_give_is_skipped_with_the_blockers(run: Callable[..., p
     assert because == "the CPU does not have it [silicon]"
 
 
-def test_strict_fails_with_the_blockers(run: Callable[..., pytest.RunResult]) -> None:
-    result = run(mark('requires=["movdir64b"]'), "--kvm-strict")
+def test_strict_fails_with_the_blockers(run: Callable[..., pytest.RunResult], tmp_path: Path) -> None:
+    """A failure of the test, also in JUnit, where harnesses tell it from an error of its set-up; no fixture is made."""
+    source = """
+@pytest.fixture
+def guest(): print("A GUEST IS STARTED")
+""" + mark('requires=["movdir64b"]').replace("test_it()", "test_it(guest)")
+    result = run(source, "--kvm-strict", f"--junit-xml={tmp_path / 'junit.xml'}", "-rf", "-s")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.assert_outcomes(errors=1)
+    result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "movdir64b cannot be given on recorded-milan",
+            "KVM cannot give it: movdir64b cannot be given on recorded-milan",
             "*movdir64b (cpuid:0x7.0.ecx bit 28), wanted by the request: the CPU does not have it?[[]silicon]",
+            "FAILED *::test_it - Unmet: KVM *",
         ]
     )
-    assert "Traceback" not in result.stdout.str()
-    assert "pytest_plugin.py" not in result.stdout.str()  # the reason, not where it was found
+    for absent in ("Traceback", "pytest_plugin.py", "During handling", "A GUEST IS STARTED"):
+        assert absent not in result.stdout.str()  # the reason, once, not where it was found
+    (case,) = ElementTree.parse(tmp_path / "junit.xml").getroot().iter("testcase")
+    assert [one.tag for one in case] == ["failure"]
+    assert "movdir64b" in str(case[0].get("message"))
+
+
+def test_a_skip_is_told_with_the_place_of_its_test(run: Callable[..., pytest.RunResult]) -> None:
+    result = run(mark('requires=["movdir64b"]') + mark('level="x86-64-v4"').replace("test_it", "test_other"))
+    places = {line.split(": ")[0] for line in result.outlines if line.startswith("SKIPPED")}
+    name = "test_a_skip_is_told_with_the_place_of_its_test.py"
+    assert places == {f"SKIPPED [1] {name}:2", f"SKIPPED [1] {name}:4"}
+
+
+def test_what_follows_from_another_blocker_is_named_only(
+    run: Callable[..., pytest.RunResult], tmp_path: Path
+) -> None:
+    document = Report.loads(RECORDED.read_bytes()).to_json()
+    ecx = int(document["offer"]["cpuid:0x1.0.ecx"], 16)
+    document["offer"]["cpuid:0x1.0.ecx"] = f"{ecx & ~(1 << 26):#x}"  # no XSAVE
+    changed = Report.from_json(document)
+    (tmp_path / "report").write_bytes(changed.canonical()[:-1] + b',"measured":{"host":"changed"}}')
+    result = run(mark('requires=["avx2"]'), report=tmp_path / "report")
+    (line,) = (line for line in result.outlines if line.startswith("SKIPPED"))
+    assert line.count("[dependency]") == 1
+    assert " xcr0-avx" in line and line.endswith(": not without what they are built on [dependency]")
 
 
 def test_what_is_enforced(run: Callable[..., pytest.RunResult], tmp_path: Path) -> None:
@@ -134,30 +165,62 @@ def test_module(): pass
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('requires=["avxx2"]', "avxx2"),
-        ('level="x86-64-v9"', "x86-64-v9"),
-        ('requires="avx2"', "requires is a list of features"),
-        ('require=["avx2"]', "the mark kvm has no require"),
-        ('"avx2"', "the mark kvm has no 'avx2'"),
+        ('requires=["avxx2"]', "no feature is called 'avxx2'*did you mean avx2, "),
+        (
+            'requires=["svebitprem"]',
+            "no feature is called 'svebitprem'*did you mean svebitperm",
+        ),  # arm64's
+        ('requires=["avx2", "zzzzzzzz"]', "no feature is called 'zzzzzzzz'*`kvmneg features` lists them"),
+        ('level="x86-64-v9"', "no level is called 'x86-64-v9'*did you mean x86-64-v4, "),
+        ('level="haswell"', "no level is called 'haswell'*there are *x86-64-v1"),
+        ('requires=["avx2", "sve"]', "no architecture has all of it*avx2 is x86_64's, sve is arm64's"),
+        ('requires=["sve"], level="x86-64-v2"', "no architecture has all of it*x86-64-v2 is x86_64's"),
+        ('requires="avx2"', "requires is a list of features*write requires="),
+        ('require=["avx2"]', "it has no require*it has requires, level, enforced"),
+        ('"avx2"', "it has no 'avx2'"),
         ("requires=[2]", "requires is a list of names"),
         ("level=3", "level is a name"),
         ('enforced="no"', "enforced is True or False"),
     ],
 )
-def test_a_mark_that_makes_no_sense_fails(
-    run: Callable[..., pytest.RunResult], text: str, message: str
+def test_a_mark_that_makes_no_sense_is_an_error(
+    run: Callable[..., pytest.RunResult], text: str, message: str, tmp_path: Path
 ) -> None:
-    """Skipping it would hide the mistake for ever."""
-    result = run(mark(text))
+    """With what is nearest, once, and never a failure: skipping it would hide the mistake for ever.
+
+    No host is looked at: a mistake shows where there is no KVM too.
+    """
+    result = run(mark(text), "--kvm-strict", report=tmp_path / "missing")
     result.assert_outcomes(errors=1)
-    assert message in result.stdout.str()
+    out = result.stdout.str().partition("= ERRORS =")[2].partition("short test summary")[0]
+    assert fnmatch.fnmatch(out, f"*the mark kvm makes no sense: *{message}*")
+    assert out.count("makes no sense") == 1
 
 
 def test_a_test_of_another_architecture_is_skipped(run: Callable[..., pytest.RunResult]) -> None:
     result = run(mark('requires=["sve"]'))
     result.assert_outcomes(skipped=1)
     assert "the guest is arm64, host recorded-milan is x86_64" in result.stdout.str()
-    run(mark('requires=["sve", "avx2"]')).assert_outcomes(errors=1)  # of no architecture
+
+
+def test_marks_of_one_parameter(run: Callable[..., pytest.RunResult]) -> None:
+    """Class, function and parameter: each adds what it needs."""
+    source = """
+@pytest.mark.kvm(level="x86-64-v2")
+class TestAll:
+    @pytest.mark.parametrize("name", [
+        "none",
+        pytest.param("avx2", marks=pytest.mark.kvm(requires=["avx2"])),
+        pytest.param("v4", marks=pytest.mark.kvm(level="x86-64-v4")),
+        pytest.param("movdir64b", marks=[pytest.mark.kvm(requires=["movdir64b"]), pytest.mark.xfail]),
+    ])
+    def test_it(self, name, kvm_contract):
+        assert name in ("none", "avx2")
+        assert bool(kvm_contract.contract.granted.explicit()["cpuid:0x7.0.ebx"] & 1 << 5) == (name == "avx2")
+"""
+    result = run(source, "-v")
+    result.assert_outcomes(passed=2, skipped=2)
+    result.stdout.fnmatch_lines(["*[[]none[]] PASSED*", "*[[]avx2[]] PASSED*", "*[[]v4[]] SKIPPED*"])
 
 
 def test_what_is_skipped_anyway_is_not_looked_at(run: Callable[..., pytest.RunResult]) -> None:
@@ -215,6 +278,65 @@ def test_junit_names_the_host_for_comparison(run: Callable[..., pytest.RunResult
     skipped = suite.find("testcase/skipped")
     assert skipped is not None
     assert "avx512f" in str(skipped.get("message"))
+
+
+# --- under pytest-xdist
+
+
+FOUR = "\n".join(mark('requires=["avx2"]').replace("test_it", f"test_{n}") for n in range(4))
+
+
+def properties(file: Path) -> list[tuple[str | None, str | None]]:
+    rows = ElementTree.parse(file).getroot().iterfind("testsuite/properties/property")
+    return [(row.get("name"), row.get("value")) for row in rows]
+
+
+@pytest.mark.parametrize("option", ["-v", "-x"])
+def test_workers_name_the_host_once(
+    run: Callable[..., pytest.RunResult], tmp_path: Path, option: str
+) -> None:
+    """The same lines and properties as of a run without workers, also of a run that ends at the first failure."""
+    one, two = tmp_path / "one.xml", tmp_path / "two.xml"
+    failing = FOUR.replace("pass", "assert False")
+    alone = run(failing, option, f"--junit-xml={one}")
+    shared = run(failing, option, f"--junit-xml={two}", "-n2", alone=True)
+    shared.assert_outcomes(failed=shared.parseoutcomes()["failed"])
+    assert header(shared) == header(alone) != []
+    assert properties(two) == properties(one) != []
+
+
+def test_workers_of_several_hosts_are_told_apart(
+    run: Callable[..., pytest.RunResult], pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    document = Report.loads(RECORDED.read_bytes()).to_json()
+    for worker in ("gw0", "gw1"):
+        changed = Report.from_json({**document, "combo": {**document["combo"], "kernel": f"of {worker}"}})
+        report = changed.canonical()[:-1] + b',"measured":{"host":"node"}}'
+        (tmp_path / worker).write_bytes(report)
+    pytester.makeconftest(
+        f"""
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):
+        config.option.kvm_report = "{tmp_path}/" + config.workerinput["workerid"]
+"""
+    )
+    file = tmp_path / "junit.xml"
+    options = ("--dist=each", "--tx=2*popen", f"--junit-xml={file}")
+    result = run(FOUR, *options, report=None, alone=True)
+    result.assert_outcomes(passed=8)
+    lines = header(result)
+    for worker in ("gw0", "gw1"):
+        assert lines.index(f"kvm: of {worker}:") + 1 == lines.index(
+            f"kvm: node, from {tmp_path / worker}; Linux of {worker}; unverified"
+        )
+    kernels = {value for name, value in properties(file) if name == "kvm-kernel"}
+    assert kernels == {"of gw0", "of gw1"}
+
+
+def test_workers_without_it_say_nothing(run: Callable[..., pytest.RunResult], tmp_path: Path) -> None:
+    result = run("def test_it(): pass", "-n2", report=tmp_path / "missing", alone=True)
+    result.assert_outcomes(passed=1)
+    assert header(result) == []
 
 
 def test_a_run_without_it_costs_and_says_nothing(
@@ -281,7 +403,7 @@ Kvm.open = gone
         if not os.path.exists(DEFAULT_SOCKET):
             result.assert_outcomes(skipped=1)
             result.stdout.fnmatch_lines(["SKIPPED*no usable KVM: /dev/kvm is missing"])
-            run(mark(text), "--kvm-strict", report=None, alone=True).assert_outcomes(errors=1)
+            run(mark(text), "--kvm-strict", report=None, alone=True).assert_outcomes(failed=1)
         if text:  # a daemon that was named and is not there is no reason to skip
             run(mark(text), nowhere, report=None, alone=True).assert_outcomes(errors=1)
 
@@ -404,7 +526,7 @@ def test_it(kvm_vm, kvm_contract):
     else:
         result.assert_outcomes(skipped=1)
         assert "KVM does not keep to the contract: " in result.stdout.str()
-        run(source, "--kvm-strict", report=None).assert_outcomes(errors=1)
+        run(source, "--kvm-strict", report=None).assert_outcomes(failed=1)
 
 
 def test_no_vm_for_another_hosts_report(run: Callable[..., pytest.RunResult]) -> None:
