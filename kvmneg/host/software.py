@@ -105,7 +105,7 @@ def cpu_classes(roots: Roots = Roots()) -> list[CpuClass]:  # noqa: B008 (immuta
 def offline(roots: Roots = Roots()) -> str:  # noqa: B008
     """The CPUs that are there and not online, as the kernel lists them ("2-3"); "" where there are none."""
     folder = f"{roots.sys}/devices/system/cpu"
-    present, online = (_cpus(read(f"{folder}/{name}", 4096) or "") for name in ("present", "online"))
+    present, online = (cpu_numbers(read(f"{folder}/{name}", 4096) or "") for name in ("present", "online"))
     if not online or not present > online:
         return ""
     from kvmneg.host.visit import cpulist  # on few hosts
@@ -113,7 +113,7 @@ def offline(roots: Roots = Roots()) -> str:  # noqa: B008
     return cpulist(sorted(present - online))
 
 
-def _cpus(text: str) -> set[int]:
+def cpu_numbers(text: str) -> set[int]:
     """A list of CPUs ("0-3,8"); empty where it is none, or longer than any kernel's."""
     found: set[int] = set()
     for part in text.split(","):

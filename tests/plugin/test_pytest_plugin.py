@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -21,11 +23,13 @@ from kvmneg.errors import Unreachable
 from kvmneg.features.report import Report
 from kvmneg.policy import grade
 from kvmneg.policy.contract import Contract
+from kvmneg.testing.vm import pmus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kvmneg.testing.host import Held
+    from kvmneg.testing.vm import AppliedVm
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "kvmneg/data/recorded-host.json"
@@ -527,6 +531,33 @@ def test_it(kvm_vm, kvm_contract):
         result.assert_outcomes(skipped=1)
         assert "KVM does not keep to the contract: " in result.stdout.str()
         run(source, "--kvm-strict", report=None).assert_outcomes(failed=1)
+
+
+@pytest.mark.kvm
+def test_the_pmu_of_a_vm(kvm_vm: AppliedVm) -> None:
+    """One of the CPUs', where KVM lets a VM choose; choosing another fails, and so does one that is none."""
+    has = bytearray(struct.pack("=IIQQ", 0, 0, 3, 0))  # KVM_ARM_VCPU_PMU_V3_SET_PMU
+    try:
+        chooses = fcntl.ioctl(kvm_vm.vcpu, 0x4018AEE3, has) == 0  # KVM_HAS_DEVICE_ATTR
+    except OSError:
+        chooses = False
+    assert (kvm_vm.pmu in pmus()) == chooses
+    assert (kvm_vm.pmu == -1) == (not chooses)
+
+
+def test_event_sources_of_cpus(tmp_path: Path) -> None:
+    """Of those that sysfs lists the ones that CPUs have; a source of the whole machine has no list."""
+    for name, kind, cpus in (
+        ("armv8_cortex_a53", "8", "0-3"),
+        ("armv8_cortex_a73", "9", "4,6-7"),
+        ("software", "1", ""),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "type").write_text(f"{kind}\n")
+        if cpus:
+            (tmp_path / name / "cpus").write_text(f"{cpus}\n")
+    assert pmus(str(tmp_path)) == {8: {0, 1, 2, 3}, 9: {4, 6, 7}}
+    assert pmus(str(tmp_path / "missing")) == {}
 
 
 def test_no_vm_for_another_hosts_report(run: Callable[..., pytest.RunResult]) -> None:

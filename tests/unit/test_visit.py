@@ -14,7 +14,7 @@ from kvmneg.features.featureset import FeatureSet, fits
 from kvmneg.features.report import Report
 from kvmneg.host import enforcement, visit, x86
 from kvmneg.host.kvm import CpuidEntry, Probe
-from kvmneg.host.software import CpuClass, _cpus
+from kvmneg.host.software import CpuClass, cpu_numbers
 
 BIG, LITTLE, THIRD = CpuClass({"model": "1"}, (0, 1)), CpuClass({"model": "2"}, (2, 3, 4)), CpuClass({}, (7,))
 
@@ -78,12 +78,12 @@ class TestOn:
 )
 def test_cpu_lists(cpus: tuple[int, ...], text: str) -> None:
     assert visit.cpulist(cpus) == text
-    assert _cpus(text) == set(cpus)
+    assert cpu_numbers(text) == set(cpus)
 
 
 @pytest.mark.parametrize("text", ["a", "1-", "-1", "0-65536", "0,,1", "1-0x3", "0-99999999999"])
 def test_what_is_no_cpu_list(text: str) -> None:
-    assert _cpus(text) == set()
+    assert cpu_numbers(text) == set()
 
 
 class TestWorst:
