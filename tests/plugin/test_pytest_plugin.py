@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import fnmatch
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -486,6 +487,55 @@ def test_the_fence_of_the_daemon_holds(run: Callable[..., pytest.RunResult], dae
     result = run(mark('requires=["avx2"]'), f"--kvm-socket={daemon}", report=None)
     result.assert_outcomes(skipped=1)
     assert "the pinned fence does not name it [fence]" in result.stdout.str()
+
+
+# --- the manual page's examples
+
+
+def example(of: str) -> str:
+    """The example of kvmneg-pytest(7) with this in it."""
+    page = (ROOT / "man/kvmneg-pytest.7.scd").read_text("utf-8").replace("\\*", "*")
+    (found,) = (
+        text for text in re.findall(r"^```\n(.*?)^```$", page, re.DOTALL | re.MULTILINE) if of in text
+    )
+    return str(found)
+
+
+def test_the_example_of_the_page(run: Callable[..., pytest.RunResult]) -> None:
+    source = (
+        example("start_guest")
+        + "\ndef start_guest(path): print('STARTED', __import__('os').path.getsize(path))\n"
+    )
+    result = run(source, "-s")
+    result.assert_outcomes(
+        passed=3, skipped=2
+    )  # the recorded host has no AVX-512, and no guest of it was graded
+    assert sum("STARTED" in line for line in result.outlines) == 3
+    run(source, "--kvm-strict").assert_outcomes(passed=3, failed=2)
+
+
+def test_the_example_that_compares_two_runs(run: Callable[..., pytest.RunResult], tmp_path: Path) -> None:
+    document = Report.loads(RECORDED.read_bytes()).to_json()
+    script = "".join(
+        line for line in example("diff before").splitlines(True) if not line.startswith("pytest ")
+    )
+
+    def ran(name: str, kernel: str, boot: str) -> None:
+        combo = {**document["combo"], "kernel": kernel, "boot": boot}
+        changed = Report.from_json({**document, "combo": combo})
+        (tmp_path / "report").write_bytes(changed.canonical()[:-1] + b',"measured":{"host":"node"}}')
+        run(mark('level="x86-64-v2"'), f"--junit-xml={tmp_path / name}.xml", report=tmp_path / "report")
+
+    ran("before", "6.1", "1")
+    ran("after", "6.1", "2")
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "before.txt").read_text().count("\n") == 5
+    ran("after", "6.12", "3")
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    changed = {line.split('"')[1] for line in done.stdout.splitlines() if line.startswith(">")}
+    assert changed == {"kvm-kernel", "kvm-combo"}
 
 
 # --- the package

@@ -16,7 +16,7 @@ from kvmneg import errors, limits
 from kvmneg.cli import COMMANDS, arguments
 
 MAN = Path(__file__).parents[2] / "man"
-PAGES = ("kvmneg.1", "kvmnegd.8", "libkvmneg.3", "libkvmneg-client.3")
+PAGES = ("kvmneg.1", "kvmnegd.8", "libkvmneg.3", "libkvmneg-client.3", "kvmneg-pytest.7")
 CLIENT = MAN.parent / "client"
 
 
@@ -132,6 +132,23 @@ def test_every_function_limit_and_error_of_the_c_client_is_on_its_page() -> None
         shown = {64 * 1024: "64 KiB", 1024 * 1024: "1 MiB"}.get(number, str(number))
         assert re.search(rf"\*{name}\*,\s+{shown}\b", told), name
     assert set(re.findall(r"-E[A-Z]+\b", header)) == set(re.findall(r"-E[A-Z]+\b", told))
+
+
+def test_every_option_fixture_property_and_argument_of_the_plugin_is_on_its_page() -> None:
+    page = source("kvmneg-pytest.7")
+    plugin = (MAN.parent / "kvmneg/pytest_plugin.py").read_text("utf-8")
+    told = set(re.findall(r"^\*([a-z_-]+)\*", page, re.MULTILINE))
+    options_of = set(re.findall(r'addoption\(\s*"(--[a-z-]+)"', plugin))
+    fixtures = set(re.findall(r"^@pytest.fixture.*\ndef (\w+)\(", plugin, re.MULTILINE))
+    properties = set(
+        re.findall(r'"(kvm-[a-z]+)": ', (MAN.parent / "kvmneg/testing/host.py").read_text("utf-8"))
+    )
+    arguments_of = {"requires", "level", "enforced"}
+    assert (len(options_of), len(fixtures), len(properties)) == (3, 3, 6)
+    assert {*options_of, *fixtures, *properties, *arguments_of} <= told
+    for reason in ("no usable KVM:", "KVM cannot give it:", "KVM does not keep to the contract:"):
+        assert f"_{reason}_" in page
+        assert reason in (MAN.parent / "kvmneg/testing/needs.py").read_text("utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES)
