@@ -95,14 +95,6 @@ def count_ioctls() -> Iterator[None]:
     Kvm.__init__ = original  # type: ignore[method-assign]
 
 
-@pytest.fixture
-def real_kvm() -> None:
-    """For tests that need a usable /dev/kvm."""
-    problem = kvm_problem()
-    if problem:
-        pytest.skip(f"no usable KVM: {problem}")
-
-
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         _outcomes[report.outcome] += 1

@@ -353,7 +353,8 @@ def test_without_kvm_it_stays_up_and_says_why(make_daemon: Callable[..., Daemon]
     assert "no-kvm" in daemon.errors.read_text()
 
 
-def test_a_real_kvm(real_kvm: None, make_daemon: Callable[..., Daemon]) -> None:
+@pytest.mark.kvm
+def test_a_real_kvm(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon("--kvm", "/dev/kvm").start()
     with daemon.client() as client:
         host = client.get_host()
@@ -419,8 +420,9 @@ def test_notifies_systemd(
             seen.append(manager.recv(4096).decode())
 
 
+@pytest.mark.kvm
 def test_vmm_builds_are_found_and_never_waited_for(
-    real_kvm: None, make_daemon: Callable[..., Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_daemon: Callable[..., Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A VMM that takes its time to say its version does not hold up the first answer."""
     folder = tmp_path / "bin"
@@ -440,8 +442,9 @@ def test_vmm_builds_are_found_and_never_waited_for(
             next(events)
 
 
+@pytest.mark.kvm
 def test_a_vmm_that_is_upgraded_under_the_daemon_is_another_one(
-    real_kvm: None, make_daemon: Callable[..., Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_daemon: Callable[..., Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its old version is forgotten at once, and the new one is looked up: nobody restarts the daemon for it."""
     folder = tmp_path / "bin"

@@ -157,7 +157,7 @@ def test_what_a_child_found_is_measured_in(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.kvm
-def test_a_daemon_proves_its_host(real_kvm: None, make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+def test_a_daemon_proves_its_host(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     """Without being waited for; what its guests saw is there at its next start from the first answer on."""
     daemon = make_daemon("--kvm", "/dev/kvm").start()
     for _ in range(600):

@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import pytest
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -27,7 +29,8 @@ class Run(NamedTuple):
     later: int
 
 
-def test_nothing_is_left_behind(real_kvm: None, compile_c: Callable[..., Path]) -> None:
+@pytest.mark.kvm
+def test_nothing_is_left_behind(compile_c: Callable[..., Path]) -> None:
     """Whatever fails, the result is its errno, or the answer where the library could do without."""
     program = compile_c(
         "guest_faults",

@@ -20,11 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from kvmneg.emit import qemu
-from kvmneg.errors import NoKvm
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
 from kvmneg.host import qemu_probe
-from kvmneg.host.measure import measure
 from kvmneg.host.qemu_probe import Build
 from kvmneg.policy.contract import Contract
 from kvmneg.policy.vmm import Through, through
@@ -77,15 +75,11 @@ class Judged(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report(kvm_report: Report) -> Report:
     """This host, measured."""
-    try:
-        found = measure()
-    except NoKvm as error:
-        pytest.skip(f"no usable KVM: {error.message}")
-    if found.architecture != "x86_64":
+    if kvm_report.architecture != "x86_64":
         pytest.skip("processor flags are x86's")
-    return found
+    return kvm_report
 
 
 @pytest.fixture(scope="module")

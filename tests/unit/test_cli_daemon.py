@@ -238,7 +238,8 @@ def test_the_demonstration_without_kvm_says_why_and_labels_every_screen() -> Non
     assert [screen for screen in screens if "RECORDED REPORT" not in screen.split("\n", 2)[1]] == []
 
 
-def test_the_demonstration_on_this_kvm(real_kvm: None) -> None:
+@pytest.mark.kvm
+def test_the_demonstration_on_this_kvm() -> None:
     done = subprocess.run(
         [sys.executable, "-P", "-m", "kvmneg.cli.demo"],
         capture_output=True,
