@@ -519,6 +519,10 @@ int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t
  * -EINVAL up to Linux 5.9. */
 int kvmneg_enforce_pv_cpuid(int vcpu_fd, struct kvmneg_trace *trace);
 
+/* KVM_CAP_HYPERV_ENFORCE_CPUID (api.rst 8.31) on a vCPU: Hyper-V's MSRs and hypercalls of features that its CPUID hides
+ * are refused. -EINVAL up to Linux 5.13. */
+int kvmneg_enforce_hyperv_cpuid(int vcpu_fd, struct kvmneg_trace *trace);
+
 /* XSAVE components a guest can be given: KVM_X86_XCOMP_GUEST_SUPP by KVM_GET_DEVICE_ATTR on /dev/kvm (api.rst 4.80),
  * from Linux 5.17; -EINVAL, -ENOTTY or -ENXIO before. Bits as in XCR0. */
 int kvmneg_get_xcomp_guest_supp(int kvm_fd, uint64_t *ret_components, struct kvmneg_trace *trace);

@@ -419,9 +419,17 @@ int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t
         return 0;
 }
 
-int kvmneg_enforce_pv_cpuid(int vcpu_fd, struct kvmneg_trace *trace) {
-        struct kvm_enable_cap enable = { .cap = KVM_CAP_ENFORCE_PV_FEATURE_CPUID, .args = { 1 } };
+static int enforce(int vcpu_fd, uint32_t capability, struct kvmneg_trace *trace) {
+        struct kvm_enable_cap enable = { .cap = capability, .args = { 1 } };
         int r = ioctl_pointer(vcpu_fd, KVM_ENABLE_CAP, &enable, trace);
 
         return r < 0 ? r : 0;
+}
+
+int kvmneg_enforce_pv_cpuid(int vcpu_fd, struct kvmneg_trace *trace) {
+        return enforce(vcpu_fd, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, trace);
+}
+
+int kvmneg_enforce_hyperv_cpuid(int vcpu_fd, struct kvmneg_trace *trace) {
+        return enforce(vcpu_fd, KVM_CAP_HYPERV_ENFORCE_CPUID, trace);
 }

@@ -21,6 +21,8 @@ _BROKEN_GRADES = ("replaced", "refused", "leaks")
 _TITLES = {
     "contract": "under the contract",
     "offer": "everything that this host offers",
+    "hyperv": "with Hyper-V's leaves, and KVM's behind them: everything that this host offers",
+    "hyperv-emptied": "with Hyper-V's leaves and none of its features",
     "emptied": "none of the features that this host offers, but for what no guest can be without",
 }
 _MODES = {"real": "real mode", "cpl0": "CPL 0", "cpl3": "CPL 3", "el1": "EL1", "el0": "EL0"}
@@ -90,6 +92,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
                 "shown": one.shown,
                 "refused": one.refused,
                 "refused_when_enforced": one.refused_enforced,
+                "ignored": one.ignored,
             }
             for feature, one in proof.paravirtual.items()
         },
@@ -169,26 +172,35 @@ def _row(word: str, sight: Sight) -> tuple[str, ...]:
 
 
 def _paravirtual(screen: Screen, found: Mapping[str, Standing]) -> None:
-    """KVM's own MSRs of features that the guest is not shown."""
-    kinds: dict[str, list[str]] = {}
-    for feature, one in found.items():
-        if not one.shown:
-            kinds.setdefault(_standing(one), []).append(feature)
-    if kinds:
-        screen.head("KVM's own MSRs, hidden")
+    """MSRs of KVM's own and Hyper-V's features that the guest is not shown."""
+    for title, capability, ours in (
+        ("KVM's own MSRs, hidden", "KVM_CAP_ENFORCE_PV_FEATURE_CPUID", True),
+        ("Hyper-V's MSRs, hidden", "KVM_CAP_HYPERV_ENFORCE_CPUID", False),
+    ):
+        kinds: dict[str, list[str]] = {}
+        for feature, one in found.items():
+            if not one.shown and feature.startswith("kvm") == ours:
+                kinds.setdefault(_standing(one, capability), []).append(feature)
+        if kinds:
+            screen.head(title)
         for kind, features in kinds.items():
             screen.words("", features)
             screen.paragraph(kind, indent=4, style="dim")
 
 
-def _standing(one: Standing) -> str:
+def _standing(one: Standing, capability: str) -> str:
     if one.refused_enforced is None:
-        return "this KVM has no KVM_CAP_ENFORCE_PV_FEATURE_CPUID, or no guest could ask: hidden only"
-    if not one.refused_enforced:
-        return "a guest reads them, KVM_CAP_ENFORCE_PV_FEATURE_CPUID or not: leaks"
-    if one.refused:
-        return "refused to a guest, with KVM_CAP_ENFORCE_PV_FEATURE_CPUID and without"
-    return "refused to a guest with KVM_CAP_ENFORCE_PV_FEATURE_CPUID, hidden only without"
+        told = f"this KVM has no {capability}, or no guest could ask: hidden only"
+    elif not one.refused_enforced:
+        told = f"a guest reads them, {capability} or not: leaks"
+    elif one.refused:
+        told = f"refused to a guest, with {capability} and without"
+    else:
+        told = f"refused to a guest with {capability}, hidden only without"
+    return f"{told}; {_IGNORED}" if one.ignored else told
+
+
+_IGNORED = "one that KVM does not know reads 0, as kvm.ignore_msrs is set: nothing leaks by that"
 
 
 _MARKS = {

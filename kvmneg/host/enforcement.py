@@ -71,7 +71,7 @@ def register(word: str) -> _Register:
     return word, compared, kept
 
 
-class _Registers(dict[tuple[int, int], "tuple[_Register, ...]"]):
+class Registers(dict[tuple[int, int], "tuple[_Register, ...]"]):
     """(leaf, subleaf) → its four registers, made when first seen."""
 
     def __missing__(self, key: tuple[int, int]) -> tuple[_Register, ...]:
@@ -79,7 +79,7 @@ class _Registers(dict[tuple[int, int], "tuple[_Register, ...]"]):
         return row
 
 
-registers = _Registers()
+registers = Registers()
 
 
 def grades(kvm: Kvm, scratch: Scratch, probe: Probe, offer: Mapping[str, int]) -> dict[str, str]:
@@ -141,22 +141,23 @@ def offered_entry(entry: CpuidEntry, offer: Mapping[str, int]) -> CpuidEntry:
     return _with(entry, (offer.get(word, value) for (word, _, _), value in rows))
 
 
-def lowered_entry(entry: CpuidEntry) -> CpuidEntry:
-    """A leaf without its bits; numbers, and what is the VMM's, stay."""
+def lowered_entry(entry: CpuidEntry, named: Registers = registers) -> CpuidEntry:
+    """A leaf without its bits; numbers, and what is the VMM's, stay. `named`: how registers are addressed there."""
     if entry[3:] == _ZERO:
         return entry
-    rows = zip(registers[entry[:2]], entry[3:], strict=True)
+    rows = zip(named[entry[:2]], entry[3:], strict=True)
     return _with(entry, (value & kept for (_, _, kept), value in rows))
 
 
 class Trial:
     """What a scratch vCPU was given, and what was found: word → grade, and the MSR words that KVM was given."""
 
-    __slots__ = ("_kvm", "_scratch", "found", "tried")
+    __slots__ = ("_kvm", "_named", "_scratch", "found", "tried")
 
-    def __init__(self, kvm: Kvm, scratch: Scratch) -> None:
+    def __init__(self, kvm: Kvm, scratch: Scratch, named: Registers = registers) -> None:
         self._kvm = kvm
         self._scratch = scratch
+        self._named = named  # how registers are addressed
         self.found: dict[str, str] = {}
         self.tried: set[str] = set()
 
@@ -184,7 +185,7 @@ class Trial:
 
     def _grade(self, entries: Iterable[CpuidEntry], grade: str) -> None:
         for entry in entries:
-            for word, compared, _ in registers[entry[:2]]:
+            for word, compared, _ in self._named[entry[:2]]:
                 if compared:
                     self.found.setdefault(word, grade)
 
@@ -195,7 +196,7 @@ class Trial:
         rows += [(key, _ZERO, values) for key, values in rest.items()]
         for key, ours, theirs in rows:
             if ours != theirs:
-                for (word, compared, _), mine, other in zip(registers[key], ours, theirs, strict=True):
+                for (word, compared, _), mine, other in zip(self._named[key], ours, theirs, strict=True):
                     if (mine ^ other) & compared:
                         self.found.setdefault(word, REPLACED)
 

@@ -18,6 +18,7 @@ from kvmneg.errors import KvmFault
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from kvmneg.host.kvm import Kvm, Scratch
 
@@ -104,8 +105,17 @@ def ask(
 
 def enforce_pv_cpuid(kvm: Kvm, scratch: Scratch) -> bool:
     """Have KVM refuse its own MSRs of features that CPUID hides; whether this KVM can (Linux 5.10 and later)."""
+    return _enforce(kvm, lib.kvmneg_enforce_pv_cpuid, scratch)
+
+
+def enforce_hyperv_cpuid(kvm: Kvm, scratch: Scratch) -> bool:
+    """The same of Hyper-V's MSRs (Linux 5.14 and later)."""
+    return _enforce(kvm, lib.kvmneg_enforce_hyperv_cpuid, scratch)
+
+
+def _enforce(kvm: Kvm, function: Any, scratch: Scratch) -> bool:
     try:
-        kvm._call(lib.kvmneg_enforce_pv_cpuid, scratch.vcpu)
+        kvm._call(function, scratch.vcpu)
     except KvmFault as error:
         if error.fields["errno"] == _EINVAL:
             return False

@@ -2,7 +2,6 @@
 """What guests see on this x86 KVM of what they are to see: proof guests on a scratch VM for each table.
 
     sights(kvm, table, base)          {word: Sight}: promised, set, read back, seen in each mode, and the grade
-    paravirtual(kvm, entries)          whether KVM's own MSRs are refused to a guest that CPUID hides them from
     instructions(kvm, offered, hidden, features)   {feature: "trapped", "hidden only" or "untested"}
 
 A word is honoured where KVM reads it back and every guest that could ask saw it as it was set; bits that KVM owns
@@ -16,31 +15,21 @@ from typing import NamedTuple
 
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
-from kvmneg.host import enforcement
+from kvmneg.host import enforcement, hyperv_x86
 from kvmneg.host import guest_x86 as guest
 from kvmneg.host.enforcement import LEAKS, REFUSED, REPLACED, UNTESTED
 from kvmneg.host.guest_x86 import Question
 from kvmneg.host.kvm import MsrShown
-from kvmneg.host.sight import HIDDEN_ONLY, HONOURED, PARAVIRTUAL, TRAPPED, Sight, Standing
+from kvmneg.host.sight import HIDDEN_ONLY, HONOURED, TRAPPED, Sight
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from kvmneg.host.enforcement import Registers
     from kvmneg.host.guest_x86 import Answer
     from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch
 
-# KVM's own MSRs by the feature that announces them (Documentation/virt/kvm/x86/cpuid.rst and msr.rst)
-PARAVIRTUAL_MSRS = {
-    "kvmclock-old": (0x11, 0x12),
-    "kvmclock": (0x4B564D00, 0x4B564D01),
-    "kvm-asyncpf": (0x4B564D02,),
-    "kvm-steal-time": (0x4B564D03,),
-    "kvm-pv-eoi": (0x4B564D04,),
-    "kvm-poll-control": (0x4B564D05,),
-    "kvm-asyncpf-int": (0x4B564D06, 0x4B564D07),
-    "kvm-migration-control": (0x4B564D08,),
-}
 _XCR0 = "cpuid:0xd.0.eax"
 _XTILE = 3 << 17  # AMX: permission to have it is the process's to ask for
 _EVERY_32, _EVERY_64 = (1 << 32) - 1, (1 << 64) - 1
@@ -56,22 +45,24 @@ class Table(NamedTuple):
 
 def sights(kvm: Kvm, table: Table, base: Sequence[CpuidEntry] = ()) -> dict[str, Sight]:
     """Every CPUID register and MSR of a table as guests see it. `base` is a table KVM takes. Raises KvmFault."""
+    named = hyperv_x86.named(table.entries)
     with kvm.scratch() as scratch:
-        trial = enforcement.Trial(kvm, scratch)
+        trial = enforcement.Trial(kvm, scratch, named)
         taken = trial.cpuid(table.entries, list(base))
         read_back = kvm.try_cpuid(scratch, taken) or []
         msrs = _given(kvm, scratch, table.msrs)
         asked = [*taken, *read_back]  # KVM may have added a leaf
         seen = [
-            _seen(kvm, scratch, mode, asked, xcr0=xcr0_of(taken), msrs=table.msrs) for mode in guest.MODES
+            _seen(kvm, scratch, mode, asked, named, xcr0=xcr0_of(taken), msrs=table.msrs)
+            for mode in guest.MODES
         ]
     refused = {word for word, grade in trial.found.items() if grade == REFUSED}
     refused.update(words.msr_word(index) for index, found in msrs.items() if found.unset)
-    shown: dict[str, int | None] = {**dict.fromkeys(_by_word(taken), 0), **_by_word(read_back)}
+    shown: dict[str, int | None] = {**dict.fromkeys(_by_word(taken, named), 0), **_by_word(read_back, named)}
     shown.update(
         (words.msr_word(index), None if found.unread else found.value) for index, found in msrs.items()
     )
-    wanted = {**dict.fromkeys(shown, 0), **_by_word(table.entries)}
+    wanted = {**dict.fromkeys(shown, 0), **_by_word(table.entries, named)}
     wanted.update((words.msr_word(index), value) for index, value in table.msrs.items())
     return {
         word: _sight(table, word, value, word in refused, [shown.get(word), *(one.get(word) for one in seen)])
@@ -89,11 +80,11 @@ def _given(kvm: Kvm, scratch: Scratch, values: Mapping[int, int]) -> dict[int, M
     return found
 
 
-def _by_word(entries: Iterable[CpuidEntry]) -> dict[str, int]:
+def _by_word(entries: Iterable[CpuidEntry], named: Registers) -> dict[str, int]:
     return {
         word: value
         for entry in entries
-        for (word, _, _), value in zip(enforcement.registers[entry[:2]], entry[3:], strict=True)
+        for (word, _, _), value in zip(named[entry[:2]], entry[3:], strict=True)
     }
 
 
@@ -134,7 +125,14 @@ def xcr0_of(entries: Iterable[CpuidEntry]) -> int:
 
 
 def _seen(
-    kvm: Kvm, scratch: Scratch, mode: int, entries: Sequence[CpuidEntry], *, xcr0: int, msrs: Iterable[int]
+    kvm: Kvm,
+    scratch: Scratch,
+    mode: int,
+    entries: Sequence[CpuidEntry],
+    named: Registers,
+    *,
+    xcr0: int,
+    msrs: Iterable[int],
 ) -> dict[str, int]:
     """Word → what a guest in this mode saw, without what it did not come to see."""
     leaves = list(dict.fromkeys(entry[:2] for entry in entries))
@@ -146,7 +144,7 @@ def _seen(
     found: dict[str, int] = {}
     for leaf, answer in zip(leaves, answers, strict=False):
         if answer.outcome == guest.ANSWERED:
-            row = zip(enforcement.registers[leaf], answer[2:], strict=True)
+            row = zip(named[leaf], answer[2:], strict=True)
             found.update((word, value) for (word, _, _), value in row)
     for index, answer in zip(indices, answers[len(leaves) :], strict=False):
         if answer.outcome == guest.ANSWERED:
@@ -163,35 +161,6 @@ def _ask(kvm: Kvm, scratch: Scratch, mode: int, questions: Sequence[Question], x
         part = questions[first : first + guest.QUESTIONS]
         found += guest.ask(kvm, scratch, mode, part, xcr0=xcr0)
     return found
-
-
-def paravirtual(kvm: Kvm, entries: Sequence[CpuidEntry]) -> dict[str, Standing]:
-    """How KVM's own MSRs stand for a guest's kernel under this table, by feature. Raises KvmFault."""
-    shown = _by_word(entries).get(PARAVIRTUAL, 0)
-    answers = [_paravirtual(kvm, entries, enforced) for enforced in (False, True)]
-    names = catalogs.names(words.X86_64)
-    return {
-        feature: Standing(bool(shown & names.feature(feature).mask), *(one.get(feature) for one in answers))
-        for feature in PARAVIRTUAL_MSRS
-    }
-
-
-def _paravirtual(kvm: Kvm, entries: Sequence[CpuidEntry], enforced: bool) -> dict[str, bool]:
-    """Feature → whether RDMSR of each of its MSRs raises #GP; without those that a guest could not try."""
-    with kvm.scratch() as scratch:
-        if kvm.try_cpuid(scratch, entries) is None or (enforced and not guest.enforce_pv_cpuid(kvm, scratch)):
-            return {}
-        indices = [index for each in PARAVIRTUAL_MSRS.values() for index in each]
-        answers = guest.ask(kvm, scratch, guest.CPL0, [Question(guest.ASK_MSR, index) for index in indices])
-    refused: dict[int, bool] = {}
-    for index, answer in zip(indices, answers, strict=True):
-        if answer.outcome in (guest.ANSWERED, guest.FAULTED):
-            refused[index] = answer.outcome == guest.FAULTED
-    return {
-        feature: all(refused[index] for index in each)
-        for feature, each in PARAVIRTUAL_MSRS.items()
-        if all(index in refused for index in each)
-    }
 
 
 def instructions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.host import enforcement
 from kvmneg.host.enforcement import LEAKS
@@ -31,11 +32,17 @@ class Sight(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """A KVM MSR's feature: whether CPUID shows it, and whether a guest's RDMSR is refused, None where untested."""
+    """A feature with MSRs of KVM's or Hyper-V's: whether CPUID shows it, and whether a guest's RDMSR is refused.
+
+    None where untested. The capability is KVM_CAP_ENFORCE_PV_FEATURE_CPUID or KVM_CAP_HYPERV_ENFORCE_CPUID.
+    """
 
     shown: bool
-    refused: bool | None  # without KVM_CAP_ENFORCE_PV_FEATURE_CPUID
+    refused: bool | None  # without the capability
     refused_enforced: bool | None  # with it
+    ignored: bool = (
+        False  # KVM answers 0, as to any MSR that it does not know (kvm.ignore_msrs): refused as well
+    )
 
 
 class Proof:
@@ -63,6 +70,7 @@ class Proof:
         for table in self.tables.values():
             one = {word: sight.grade for word, sight in table.items() if sight.grade != HONOURED}
             found = enforcement.joined(found, one)
-        if any(one.refused_enforced is False and not one.shown for one in self.paravirtual.values()):
-            found.setdefault(PARAVIRTUAL, LEAKS)
+        for feature, standing in self.paravirtual.items():
+            if standing.refused_enforced is False and not standing.shown:
+                found.setdefault(catalogs.names(words.X86_64).feature(feature).word, LEAKS)
         return {word: found[word] for word in sorted(found, key=words.order)}

@@ -14,12 +14,12 @@ import os
 
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
-from kvmneg.host import enforcement, proof_x86, x86
+from kvmneg.host import enforcement, hidden_x86, hyperv_x86, proof_x86, x86
 from kvmneg.host.guest_x86 import MODE_NAMES
 from kvmneg.host.instructions_x86 import BASES, CODE
 from kvmneg.host.kvm import CpuidEntry, raw_cpuid
 from kvmneg.host.proof_x86 import Table
-from kvmneg.host.sight import Proof
+from kvmneg.host.sight import Proof, Standing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Bound = Mapping[str, tuple[int, int]]
 
 _SHOWN = ("cpuid:", "hyperv:", "msr:")  # to guests; capabilities are for VMMs
+_HYPERVISORS = ("hyperv:", "cpuid:0x4")  # what is otherwise with Hyper-V in the table
 _LONG_MODE = 1 << 29  # CPUID leaf 0x80000001 EDX
 _SUBLEAVES = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 
@@ -40,6 +41,8 @@ def prove(kvm: Kvm, bound: Bound | None = None) -> Proof:
     offer, offered, silicon = _offered(probe)
     if bound is None:
         return _prove_host(kvm, probe, offered, silicon, mce=offer.get(enforcement.MCG_CAP, 0))
+    if probe.hyperv is not None and hyperv_x86.wanted(bound):
+        offered = hyperv_x86.beside(offered, probe.hyperv)
     entries = contract_entries(offered, bound)
     table = Table(
         entries, contract_msrs(probe.feature_msrs, bound), {word: row[1] for word, row in bound.items()}
@@ -53,7 +56,7 @@ def prove(kvm: Kvm, bound: Bound | None = None) -> Proof:
     return Proof(
         MODE_NAMES,
         {"contract": {word: sights[word] for word in sorted(sights, key=words.order) if word in bound}},
-        proof_x86.paravirtual(kvm, entries),
+        _standings(kvm, probe, entries),
         proof_x86.instructions(kvm, offered, entries, hidden),
         [
             word
@@ -82,7 +85,7 @@ def mark_of(kvm: Kvm, feature: str) -> str | None:
 def _prove_host(
     kvm: Kvm, probe: Probe, offered: Sequence[CpuidEntry], silicon: Mapping[str, int], *, mce: int
 ) -> Proof:
-    emptied = [enforcement.lowered_entry(entry) for entry in offered]
+    emptied = emptied_table(offered)
     values = dict(probe.feature_msrs)
     if probe.mce_cap is not None:
         values[words.parse_msr(enforcement.MCG_CAP)] = mce
@@ -92,9 +95,30 @@ def _prove_host(
     few = proof_x86.sights(kvm, Table(list(offered), lowered), offered)
     none.update((word, sight) for word, sight in few.items() if word.startswith("msr:"))
     sights = {"offer": proof_x86.sights(kvm, Table(list(offered), msrs), offered), "emptied": none}
-    return Proof(
-        MODE_NAMES, sights, proof_x86.paravirtual(kvm, emptied), _hidden_alone(kvm, offered, silicon)
-    )
+    tables = _hyperv_tables(probe, offered, emptied)
+    for name, table in tables.items():
+        each = proof_x86.sights(kvm, Table(table, {}), table)
+        sights[name] = {word: sight for word, sight in each.items() if word.startswith(_HYPERVISORS)}
+    standings = _standings(kvm, probe, tables.get("hyperv-emptied", emptied))
+    return Proof(MODE_NAMES, sights, standings, _hidden_alone(kvm, offered, silicon))
+
+
+def _hyperv_tables(
+    probe: Probe, offered: Sequence[CpuidEntry], emptied: Sequence[CpuidEntry]
+) -> dict[str, list[CpuidEntry]]:
+    """With all that this KVM has of Hyper-V, and with Hyper-V and none of its features; empty where it has none."""
+    if probe.hyperv is None:
+        return {}
+    both = hyperv_x86.beside(offered, probe.hyperv)
+    named = hyperv_x86.named(both)
+    lowered = [enforcement.lowered_entry(entry, named) for entry in probe.hyperv]
+    return {"hyperv": both, "hyperv-emptied": hyperv_x86.beside(emptied, lowered)}
+
+
+def _standings(kvm: Kvm, probe: Probe, entries: Sequence[CpuidEntry]) -> dict[str, Standing]:
+    """Of the MSRs of KVM's own features, and of Hyper-V's where this KVM has it."""
+    found = hidden_x86.paravirtual(kvm, entries)
+    return found if probe.hyperv is None else {**found, **hidden_x86.enlightened(kvm, entries)}
 
 
 def emptied_table(offered: Sequence[CpuidEntry]) -> list[CpuidEntry]:
@@ -159,19 +183,19 @@ def _cleared(entry: CpuidEntry, bits: Mapping[str, int]) -> CpuidEntry:
 def contract_entries(offered: Sequence[CpuidEntry], bound: Bound) -> list[CpuidEntry]:
     """The CPUID of a guest under a contract on this host: what it binds, and what is the VMM's as KVM offers it.
 
-    Bits that nobody promised are clear.
+    Bits that nobody promised are clear. `offered` with Hyper-V's leaves gives a guest both hypervisors.
     """
     rows = {entry[:2]: entry for entry in offered}
+    both, named = hyperv_x86.shown(offered), hyperv_x86.named(offered)
     for word in bound:
-        if word.startswith("cpuid:"):
-            leaf, subleaf, _ = words.parse_cpuid(word)
+        if word.startswith(("cpuid:", hyperv_x86.SPACE) if both else "cpuid:"):
+            leaf, subleaf = hyperv_x86.place(word, both=both)
             has = subleaf or any(key[0] == leaf and key[1] for key in rows)
             rows.setdefault((leaf, subleaf), CpuidEntry(leaf, subleaf, _SUBLEAVES if has else 0, 0, 0, 0, 0))
     found = []
     for key in sorted(rows):
         eax, ebx, ecx, edx = (
-            _under(word, value, bound)
-            for (word, _, _), value in zip(enforcement.registers[key], rows[key][3:], strict=True)
+            _under(word, value, bound) for (word, _, _), value in zip(named[key], rows[key][3:], strict=True)
         )
         found.append(rows[key]._replace(eax=eax, ebx=ebx, ecx=ecx, edx=edx))
     return found

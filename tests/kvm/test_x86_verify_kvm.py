@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,16 +15,20 @@ from kvmneg.features import catalog, words
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
 from kvmneg.host import measure
-from kvmneg.host.kvm import Kvm
+from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch
 from kvmneg.policy import negotiation
 from kvmneg.policy.contract import Contract
 from kvmneg.policy.request import Request
 
 if measure.ARCHITECTURE == "x86_64":
-    from kvmneg.host import enforcement, proof_x86, verify_x86
+    from kvmneg.host import enforcement, hyperv_x86, sight, verify_x86
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 pytestmark = pytest.mark.kvm
 
+OURS = "cpuid:0x40000001.0.eax"
 PVM = Path("/sys/module/kvm_pvm").exists()
 Capture = pytest.CaptureFixture[str]
 
@@ -58,7 +64,8 @@ def test_the_host(capsys: Capture, kvm: Kvm, tmp_path: Path) -> None:
     status, found = verified(capsys, tmp_path, None)
     assert status == (1 if found["broken"] else 0)
     tables = found["tables"]
-    assert isinstance(tables, dict) and set(tables) == {"offer", "emptied"}
+    enlightened = {"hyperv", "hyperv-emptied"} if kvm.probe().hyperv is not None else set()
+    assert isinstance(tables, dict) and set(tables) == {"offer", "emptied", *enlightened}
     leaves = {words.parse_cpuid(word)[0] for word in found["broken"]}  # type: ignore[attr-defined]
     assert leaves == ({0x1, 0x7, 0xD} if PVM else set())
     for table in tables.values():
@@ -93,6 +100,104 @@ def test_a_contract_that_this_host_cannot_keep(kvm: Kvm, report: Report) -> None
     assert found.grades().items() >= before.grades().items()
 
 
+# -- Hyper-V -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def enlightened(kvm: Kvm) -> list[str]:
+    """The Hyper-V features that this KVM has; skips where it has no Hyper-V."""
+    if kvm.probe().hyperv is None:
+        pytest.skip("another kind of KVM: it has no Hyper-V")
+    return ["hv-vpindex", "hv-time-ref-count", "hv-hypercall", "hv-relaxed"]
+
+
+def hyperv_contract(report: Report, features: list[str]) -> Contract:
+    return negotiation.negotiate(Request(require=tuple(features)), report, None).contract
+
+
+def test_a_contract_with_hyper_v(
+    capsys: Capture, report: Report, tmp_path: Path, enlightened: list[str]
+) -> None:
+    """Every word of it is set, read back and seen in each mode; KVM's own leaf is seen where it moved to."""
+    contract = hyperv_contract(report, enlightened)
+    status, found = verified(capsys, tmp_path, contract)
+    assert status == 0, found["broken"]
+    rows = found["tables"]["contract"]  # type: ignore[index]
+    granted = {word: value for word, value in contract.words().items() if word.startswith("hyperv:")}
+    assert granted["hyperv:0x40000003.0.eax"] == 1 << 6 | 1 << 5 | 1 << 1
+    for word, value in {**granted, OURS: contract.words()[OURS]}.items():
+        row = rows[word]
+        seen = [int(row[name], 16) & int(row["mask"], 16) for name in ("read_back", "real", "cpl0", "cpl3")]
+        assert (row["grade"], seen) == ("honoured", [value] * 4), word
+    assert not [word for word in found["untried"] if word.startswith("hyperv:")]  # type: ignore[attr-defined]
+
+
+def test_hyper_v_msrs_that_a_contract_hides(kvm: Kvm, report: Report, enlightened: list[str]) -> None:
+    """Refused by KVM_CAP_HYPERV_ENFORCE_CPUID (Linux 5.14 and later); those that it shows are there."""
+    standings = verify_x86.prove(kvm, hyperv_contract(report, enlightened).bound()).paravirtual
+    found = {name: one for name, one in standings.items() if name.startswith("hv-")}
+    can = bool(report.offer.value("kvm:hyperv-enforce-cpuid"))
+    assert found["hv-vpindex"] == (True, False, False if can else None, False)
+    assert found["hv-runtime"] == (False, False, True if can else None, False)
+    hidden = {name: one for name, one in found.items() if not one.shown}
+    assert {one.refused_enforced for one in hidden.values()} == {True if can else None}
+    assert len(hidden) > 5
+
+
+def test_hyper_v_is_not_shown_unasked(kvm: Kvm, report: Report, enlightened: list[str]) -> None:
+    found = verify_x86.prove(kvm, contract_of(report).bound())
+    assert not any(word.startswith("hyperv:") for word in found.tables["contract"])
+    assert not any(one.shown for name, one in found.paravirtual.items() if name.startswith("hv-"))
+
+
+def test_a_hyper_v_leaf_that_is_not_kept(kvm: Kvm, report: Report, enlightened: list[str]) -> None:
+    """Of a KVM that shows its guests a feature of Hyper-V's which was not set."""
+
+    class Liar(Kvm):
+        def try_cpuid(self, scratch: Scratch, entries: Sequence[CpuidEntry]) -> list[CpuidEntry] | None:
+            more = [one._replace(eax=one.eax | 1 << 7) if one[0] == 0x40000003 else one for one in entries]
+            assert super().try_cpuid(scratch, more) is not None
+            return list(entries)
+
+    with Liar(os.dup(kvm.fd)) as liar:
+        found = verify_x86.prove(liar, hyperv_contract(report, enlightened).bound())
+    assert found.grades() == {"hyperv:0x40000003.0.eax": "leaks"}
+
+
+def test_the_table_of_both_hypervisors(kvm: Kvm) -> None:
+    """KVM's leaves behind Hyper-V's, its highest leaf told there, and each register by its address in contracts."""
+    hyperv = [
+        CpuidEntry(0x40000000, 0, 0, 0x40000082, 1, 2, 3),
+        CpuidEntry(0x40000001, 0, 0, hyperv_x86.INTERFACE, 0, 0, 0),
+        CpuidEntry(0x40000003, 0, 0, 0xFFFF, 0, 0, 0),
+    ]
+    ours = [
+        CpuidEntry(0x40000000, 0, 0, 0x40000001, *(0x4B4D564B, 0x564B4D56, 0x4D)),
+        CpuidEntry(0x40000001, 0, 0, 8, 0, 0, 1),
+        CpuidEntry(0x80000008, 0, 0, 0x3028, 0, 0, 0),
+    ]
+    both = hyperv_x86.beside(ours, hyperv)
+    assert [(entry[0], entry.eax) for entry in both] == [
+        (0x40000000, 0x40000082), (0x40000001, hyperv_x86.INTERFACE), (0x40000003, 0xFFFF),
+        (0x40000100, 0x40000101), (0x40000101, 8), (0x80000008, 0x3028),
+    ]  # fmt: skip
+    named = hyperv_x86.named(both)
+    assert [named[leaf, 0][0][0] for leaf in (0x40000003, 0x40000101, 1)] == [
+        "hyperv:0x40000003.0.eax", OURS, "cpuid:0x1.0.eax",
+    ]  # fmt: skip
+    bound = {
+        "hyperv:0x40000003.0.eax": (0x42, 0xFFFF_FFFF),
+        OURS: (8, 0xFFFF_FFFF),
+        "hyperv:0x4000000a.0.eax": (2, 2),
+    }
+    made = {entry[0]: entry.eax for entry in verify_x86.contract_entries(both, bound)}
+    assert (made[0x40000003], made[0x40000101], made[0x4000000A]) == (0x42, 8, 2)
+    assert hyperv_x86.wanted(bound) and not hyperv_x86.wanted(
+        {OURS: (8, 8), "hyperv:0x40000003.0.eax": (0, 1)}
+    )
+    assert hyperv_x86.named(ours) is enforcement.registers
+
+
 def test_hidden_features_are_tried(kvm: Kvm, report: Report) -> None:
     """A contract without POPCNT: no guest sees it, and every guest can execute it where the CPU has it."""
     has = report.silicon_words["cpuid:0x1.0.ecx"] & catalog.names("x86_64").feature("popcnt").mask
@@ -113,7 +218,7 @@ def test_explain_tries_it(capsys: Capture, kvm: Kvm, report: Report) -> None:
 def test_an_empty_contract(kvm: Kvm) -> None:
     """Binds nothing that guests see: nothing is broken."""
     found = verify_x86.prove(kvm, {})
-    assert found.grades().keys() <= {proof_x86.PARAVIRTUAL}
+    assert found.grades().keys() <= {sight.PARAVIRTUAL}
     assert found.tables["contract"] == {}
 
 

@@ -13,7 +13,7 @@ import pytest
 from kvmneg.features import catalog
 
 if platform.machine() == "x86_64":
-    from kvmneg.host import guest_x86, proof_x86
+    from kvmneg.host import guest_x86, hidden_x86, proof_x86, sight
     from kvmneg.host.instructions_x86 import BASES, CODE, INSTRUCTIONS
     from kvmneg.host.kvm import CpuidEntry
 
@@ -73,8 +73,8 @@ def test_features_of_instructions() -> None:
         assert names.feature(feature).width == 1
         assert len(code) <= guest_x86.CODE_BYTES
     assert set(BASES) <= set(CODE)
-    for feature in proof_x86.PARAVIRTUAL_MSRS:
-        assert names.feature(feature).word == proof_x86.PARAVIRTUAL
+    for feature in hidden_x86.PARAVIRTUAL_MSRS:
+        assert names.feature(feature).word == sight.PARAVIRTUAL
 
 
 def test_instructions_assemble_to_their_bytes(tmp_path: Path) -> None:
