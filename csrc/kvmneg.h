@@ -519,7 +519,7 @@ int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t
  * -EINVAL up to Linux 5.9. */
 int kvmneg_enforce_pv_cpuid(int vcpu_fd, struct kvmneg_trace *trace);
 
-/* KVM_CAP_HYPERV_ENFORCE_CPUID (api.rst 8.31) on a vCPU: Hyper-V's MSRs and hypercalls of features that its CPUID hides
+/* KVM_CAP_HYPERV_ENFORCE_CPUID (api.rst 8.33) on a vCPU: Hyper-V's MSRs and hypercalls of features that its CPUID hides
  * are refused. -EINVAL up to Linux 5.13. */
 int kvmneg_enforce_hyperv_cpuid(int vcpu_fd, struct kvmneg_trace *trace);
 

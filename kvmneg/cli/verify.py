@@ -190,17 +190,14 @@ def _paravirtual(screen: Screen, found: Mapping[str, Standing]) -> None:
 
 def _standing(one: Standing, capability: str) -> str:
     if one.refused_enforced is None:
-        told = f"this KVM has no {capability}, or no guest could ask: hidden only"
-    elif not one.refused_enforced:
-        told = f"a guest reads them, {capability} or not: leaks"
-    elif one.refused:
-        told = f"refused to a guest, with {capability} and without"
-    else:
-        told = f"refused to a guest with {capability}, hidden only without"
-    return f"{told}; {_IGNORED}" if one.ignored else told
-
-
-_IGNORED = "one that KVM does not know reads 0, as kvm.ignore_msrs is set: nothing leaks by that"
+        return f"this KVM has no {capability}, or no guest could ask: hidden only"
+    if not one.refused_enforced:
+        return f"a guest reads them, {capability} or not: leaks"
+    if one.ignored:
+        return f"a guest reads 0 with {capability}, as kvm.ignore_msrs is set: nothing leaks by that"
+    if one.refused:
+        return f"refused to a guest, with {capability} and without"
+    return f"refused to a guest with {capability}, hidden only without"
 
 
 _MARKS = {

@@ -5,7 +5,8 @@
     enlightened(kvm, entries)    the same of Hyper-V's, where this KVM has any
 
 Each MSR is read with the capability that makes KVM refuse it and without. Where kvm.ignore_msrs is set, KVM answers 0
-to a guest that reads an MSR which it does not know at all: nothing leaks by that, and it is said.
+where it would refuse (kvm_do_msr_access in arch/x86/kvm/x86.c): nothing leaks by that, and it is said. A 0 without the
+capability then tells nothing: it may be the MSR's own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _HYPERV_STATE = "state:msrs-hyperv"
 
 class _Found(NamedTuple):
     refused: bool
-    ignored: bool  # answered with 0, as any MSR that this KVM does not know
+    ignored: bool  # answered with 0 instead
 
 
 def hyperv_msrs() -> dict[str, tuple[int, ...]]:
@@ -67,9 +68,8 @@ def paravirtual(kvm: Kvm, entries: Sequence[CpuidEntry]) -> dict[str, Standing]:
 
 
 def enlightened(kvm: Kvm, entries: Sequence[CpuidEntry]) -> dict[str, Standing]:
-    """The same of Hyper-V's; a feature whose MSRs could not be tried either way is left out. Raises KvmFault."""
-    found = _standings(kvm, entries, hyperv_msrs(), guest.enforce_hyperv_cpuid)
-    return {feature: one for feature, one in found.items() if one.refused is not None}
+    """The same of Hyper-V's. Raises KvmFault."""
+    return _standings(kvm, entries, hyperv_msrs(), guest.enforce_hyperv_cpuid)
 
 
 def _standings(
@@ -84,25 +84,19 @@ def _standings(
         for entry in entries
         for (word, _, _), value in zip(named(entries)[entry[:2]], entry[3:], strict=True)
     }
-    known = known_msrs(kvm)
-    plain, enforced = (_tried(kvm, entries, msrs, how, known) for how in (None, enforce))
+    ignoring = software.modules().get("kvm.ignore_msrs") == "Y"
+    plain, enforced = (_tried(kvm, entries, msrs, how, ignoring=ignoring) for how in (None, enforce))
     found = {}
     for name in msrs:
         feature = book.feature(name)
-        each = [one.get(name) for one in (plain, enforced)]
-        refused, refused_enforced = (one.refused if one else None for one in each)
-        ignored = any(one is not None and one.ignored for one in each)
+        without, within = plain.get(name), enforced.get(name)
         found[name] = Standing(
-            bool(shown.get(feature.word, 0) & feature.mask), refused, refused_enforced, ignored
+            bool(shown.get(feature.word, 0) & feature.mask),
+            None if without is None or without.ignored else without.refused,
+            None if within is None else within.refused,
+            within is not None and within.ignored,
         )
     return found
-
-
-def known_msrs(kvm: Kvm) -> frozenset[int] | None:
-    """The MSRs that this KVM knows, where it answers 0 to a guest that reads another (kvm.ignore_msrs); else None."""
-    if software.modules().get("kvm.ignore_msrs") != "Y":
-        return None
-    return frozenset(kvm.probe().state_msrs or ())
 
 
 def _tried(
@@ -110,7 +104,8 @@ def _tried(
     entries: Sequence[CpuidEntry],
     msrs: Mapping[str, tuple[int, ...]],
     enforce: Callable[[Kvm, Scratch], bool] | None,
-    known: frozenset[int] | None,
+    *,
+    ignoring: bool,
 ) -> dict[str, _Found]:
     """What came of RDMSR, by feature; without those that a guest could not try."""
     with kvm.scratch() as scratch:
@@ -118,7 +113,7 @@ def _tried(
             return {}
         indices = [index for each in msrs.values() for index in each]
         answers = guest.ask(kvm, scratch, guest.CPL0, [Question(guest.ASK_MSR, index) for index in indices])
-    found = {index: judged(answer, index, known) for index, answer in zip(indices, answers, strict=True)}
+    found = {index: judged(answer, ignoring=ignoring) for index, answer in zip(indices, answers, strict=True)}
     each_of = {name: [found[index] for index in each] for name, each in msrs.items()}
     return {
         name: _Found(all(one.refused for one in each if one), any(one.ignored for one in each if one))
@@ -127,11 +122,11 @@ def _tried(
     }
 
 
-def judged(answer: Answer, index: int, known: frozenset[int] | None) -> _Found | None:
-    """What came of one RDMSR; None where it did not come to it. `known` as `known_msrs` has it."""
+def judged(answer: Answer, *, ignoring: bool) -> _Found | None:
+    """What came of one RDMSR; None where it did not come to it. `ignoring`: kvm.ignore_msrs is set."""
     if answer.outcome == guest.FAULTED:
         return _Found(refused=True, ignored=False)
     if answer.outcome != guest.ANSWERED:
         return None
-    ignored = known is not None and index not in known and answer.wide == 0
+    ignored = ignoring and answer.wide == 0
     return _Found(refused=ignored, ignored=ignored)

@@ -40,9 +40,7 @@ class Standing(NamedTuple):
     shown: bool
     refused: bool | None  # without the capability
     refused_enforced: bool | None  # with it
-    ignored: bool = (
-        False  # KVM answers 0, as to any MSR that it does not know (kvm.ignore_msrs): refused as well
-    )
+    ignored: bool = False  # KVM answers 0 where it would refuse (kvm.ignore_msrs): it counts as refused
 
 
 class Proof:

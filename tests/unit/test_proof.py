@@ -65,6 +65,35 @@ def test_xcr0() -> None:
     assert proof_x86.xcr0_of(entry(7, 0x40000000)) == 0x40000000_00000007
 
 
+@pytest.mark.parametrize(
+    ("outcome", "value", "ignoring", "found"),
+    [
+        ("FAULTED", 0, False, (True, False)),
+        ("FAULTED", 0, True, (True, False)),
+        ("ANSWERED", 0, False, (False, False)),
+        ("ANSWERED", 0, True, (True, True)),  # what KVM answers where it would refuse
+        ("ANSWERED", 1 << 32, True, (False, False)),  # and this it never does
+        ("ENDED", 0, True, None),
+        ("OPEN", 0, True, None),
+    ],
+)
+def test_what_came_of_an_msr(outcome: str, value: int, ignoring: bool, found: tuple[bool, bool] | None) -> None:
+    answer = guest_x86.Answer(getattr(guest_x86, outcome), 13, value & 0xFFFF_FFFF, 0, 0, value >> 32)
+    assert hidden_x86.judged(answer, ignoring=ignoring) == found
+
+
+def test_hyper_v_msrs_by_feature() -> None:
+    """A few by hand (Hyper-V TLFS, chapter 12); each is of one feature, which is in CPUID."""
+    msrs = hidden_x86.hyperv_msrs()
+    assert msrs["hv-hypercall"] == (0x40000000, 0x40000001)
+    assert msrs["hv-vpindex"] == (0x40000002,)
+    assert msrs["hv-frequency-msrs"] == (0x40000022, 0x40000023)
+    assert msrs["hv-crash"] == tuple(range(0x40000100, 0x40000106))
+    assert sum(map(len, msrs.values())) == len({msr for each in msrs.values() for msr in each}) == 28
+    names = catalog.names("x86_64")
+    assert {names.feature(name).word for name in msrs} == {"hyperv:0x40000003.0.eax", "hyperv:0x40000003.0.edx"}
+
+
 def test_features_of_instructions() -> None:
     names = catalog.names("x86_64")
     assert len(CODE) == len(INSTRUCTIONS)
