@@ -69,11 +69,7 @@ def _prove(path: str, contract: Contract | None) -> Proof:
 
     if contract and contract.architecture != ARCHITECTURE:
         raise UsageError(f"a contract of {contract.architecture}, this host is {ARCHITECTURE}")
-    from kvmneg.host.kvm import Kvm
-
-    with Kvm.open(path) as kvm:
-        found: Proof = proof.verifier().prove(kvm, contract.bound() if contract else None)
-        return found
+    return proof.on_each_kind(path, contract.bound() if contract else None)
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------
@@ -98,6 +94,8 @@ def to_json(proof: Proof) -> dict[str, Any]:
         },
         "instructions": dict(proof.instructions),
         "untried": list(proof.untried),
+        "kinds": list(proof.kinds),
+        "unvisited": list(proof.unvisited),
     }
 
 
@@ -125,6 +123,7 @@ def _show(screen: Screen, proof: Proof, broken: list[str], *, everything: bool) 
         screen.line(f"{screen.bad('broken')}: this KVM does not keep to {count(len(broken), 'word')}")
     else:
         screen.line(f"{screen.good('kept')}: guests see what they are to see")
+    _kinds(screen, proof)
     for name, table in proof.tables.items():
         _table(screen, proof.modes, name, table, everything=everything)
     _paravirtual(screen, proof.paravirtual)
@@ -138,6 +137,16 @@ def _show(screen: Screen, proof: Proof, broken: list[str], *, everything: bool) 
         "gives by itself are left out.",
         style="dim",
     )
+
+
+def _kinds(screen: Screen, proof: Proof) -> None:
+    """Of a host with several kinds of CPU: where guests ran, and where they did not."""
+    if len(proof.kinds) > 1:
+        each = " and on ".join(proof.kinds)
+        screen.paragraph(f"Guests ran on CPUs {each}, on one of each kind; what is worse on either is told.")
+    for one in proof.unvisited:
+        kind = " ".join(f"{name} {value}" for name, value in one["kind"].items())
+        screen.paragraph(f"untested: CPUs {one['cpus']} ({kind}): {one['because']}")
 
 
 def _table(

@@ -30,7 +30,7 @@ LEAKS = (
     "leaks"  # KVM takes it and says so, and a running guest sees bits that it hides (kvmneg.host.proof_x86)
 )
 UNTESTED = "untested"  # nothing reads it back: capabilities, Hyper-V's leaves, devices
-_BY_SEVERITY = (UNTESTED, REPLACED, LEAKS, REFUSED)
+BY_SEVERITY = (UNTESTED, REPLACED, LEAKS, REFUSED)
 
 _EVERY_32, _EVERY_64 = (1 << 32) - 1, (1 << 64) - 1
 # What KVM sets by itself, whatever it was given (kvm_update_cpuid_runtime in arch/x86/kvm/cpuid.c).
@@ -122,7 +122,7 @@ def joined(grades: Mapping[str, str], others: Mapping[str, str]) -> dict[str, st
     """Two tables of grades as one, in the order of addresses: the worse grade of a word that is in both."""
     found = dict(grades)
     for word, grade in others.items():
-        if word not in found or _BY_SEVERITY.index(grade) > _BY_SEVERITY.index(found[word]):
+        if word not in found or BY_SEVERITY.index(grade) > BY_SEVERITY.index(found[word]):
             found[word] = grade
     return {word: found[word] for word in sorted(found, key=words.order)}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 
 from kvmneg import __version__, limits
 from kvmneg.clock import now
@@ -19,7 +20,10 @@ from kvmneg.errors import StoreError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from typing import Any
+
+    from kvmneg.host.sight import Proof
 
 FORMAT = "kvmneg.proofs/1"
 _GRADES = ("replaced", "refused", "leaks", "untested")
@@ -27,17 +31,24 @@ _MARKS = ("hidden only", "trapped", "untested")  # the first is the worst
 
 
 class Kept:
-    """One combo's proof: when it ran, {word: grade} of what is not honoured, {feature: mark}."""
+    """One combo's proof: when it ran, {word: grade} of what is not honoured, {feature: mark}.
 
-    __slots__ = ("at", "grades", "instructions")
+    `seen` are words that only guests can tell of (Hyper-V's), and that they saw as they were to.
+    """
 
-    def __init__(self, at: str, grades: dict[str, str], instructions: dict[str, str]) -> None:
+    __slots__ = ("at", "grades", "instructions", "seen")
+
+    def __init__(
+        self, at: str, grades: dict[str, str], instructions: dict[str, str], seen: Sequence[str] = ()
+    ) -> None:
         self.at = at
         self.grades = grades
         self.instructions = instructions
+        self.seen = seen
 
     def to_json(self) -> dict[str, Any]:
-        return {"at": self.at, "grades": self.grades, "instructions": self.instructions}
+        rows = {"at": self.at, "grades": self.grades, "instructions": self.instructions}
+        return {**rows, "seen": list(self.seen)} if self.seen else rows
 
     @classmethod
     def from_json(cls, document: object) -> Kept | None:
@@ -45,17 +56,25 @@ class Kept:
         if not isinstance(document, dict):
             return None
         at, grades, marks = (document.get(name) for name in ("at", "grades", "instructions"))
+        seen = document.get("seen", [])
         if not (isinstance(at, str) and isinstance(grades, dict) and isinstance(marks, dict)):
+            return None
+        if not (isinstance(seen, list) and all(isinstance(word, str) for word in seen)):
             return None
         if not all(grade in _GRADES for grade in grades.values()):
             return None
-        return cls(at, grades, marks) if all(mark in _MARKS for mark in marks.values()) else None
+        return cls(at, grades, marks, seen) if all(mark in _MARKS for mark in marks.values()) else None
 
     def add_to(self, parts: dict[str, Any], measured: dict[str, str]) -> None:
         """Put it into what was measured: a word's worse grade counts."""
         from kvmneg.host import enforcement  # with its catalogue; the measurement has loaded both
 
-        parts["enforcement"] = enforcement.joined(parts["enforcement"], self.grades)
+        tried = {
+            word: grade
+            for word, grade in parts["enforcement"].items()
+            if grade != enforcement.UNTESTED or word not in self.seen
+        }
+        parts["enforcement"] = enforcement.joined(tried, self.grades)
         parts["instructions"] = self.instructions
         measured["guests"] = self.at
 
@@ -111,17 +130,28 @@ def verifier() -> Any:
 
 
 def prove(path: str) -> Kept:
-    """Run the guests on each kind of CPU that this process may use: what one kind does not keep, the host does not."""
-    from kvmneg.host import enforcement, software, visit
+    """Run the guests under what the host offers. Raises NoKvm, KvmFault."""
+    found = on_each_kind(path)
+    seen = found.honoured("hyperv:")
+    return Kept(f"{now()} by kvmneg {__version__}", found.grades(), dict(found.instructions), seen)
+
+
+def on_each_kind(path: str, bound: Mapping[str, tuple[int, int]] | None = None) -> Proof:
+    """Run the guests on each kind of CPU that this process may use: what one kind does not keep, the host does not.
+
+    `bound` is a contract's, None for what the host offers. Raises NoKvm, KvmFault.
+    """
+    from kvmneg.host import sight, software, visit
     from kvmneg.host.kvm import Kvm
 
     verify = verifier()
-    grades: dict[str, str] = {}
-    marks: dict[str, str] = {}
-    for cpu in visit.plan(software.cpu_classes()).cpus:
+    plan = visit.plan(software.cpu_classes())
+    each = []
+    for cpu in plan.cpus:
         with Kvm.open(path) as kvm:
-            found = visit.on(cpu, lambda kvm=kvm: verify.prove(kvm))  # type: ignore[misc]
-        grades = enforcement.joined(grades, found.grades())
-        for feature, mark in found.instructions.items():
-            marks[feature] = min(mark, marks.get(feature, mark), key=_MARKS.index)
-    return Kept(f"{now()} by kvmneg {__version__}", grades, marks)
+            each.append(visit.on(cpu, partial(verify.prove, kvm, bound)))
+    found = sight.worst(each)
+    if len(plan.kinds) + len(plan.unvisited) > 1:
+        found.kinds = [visit.cpulist(kind.cpus) for kind in plan.kinds]
+    found.unvisited = plan.to_combo()
+    return found

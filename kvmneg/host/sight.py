@@ -12,11 +12,15 @@ from kvmneg.host.enforcement import LEAKS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
 
 HONOURED = "honoured"
+_BY_SEVERITY = (HONOURED, *enforcement.BY_SEVERITY)
 TRAPPED = "trapped"  # the instruction raises an exception: #UD of x86, undefined of arm64
 HIDDEN_ONLY = "hidden only"  # the CPU executes it all the same
+MARKS = (HIDDEN_ONLY, TRAPPED, enforcement.UNTESTED)  # of instructions, the worst first
+_REFUSED = (False, None, True)  # the same of MSRs
 
 PARAVIRTUAL = "cpuid:0x40000001.0.eax"
 
@@ -46,7 +50,7 @@ class Standing(NamedTuple):
 class Proof:
     """What came of it. `tables`: name → word → Sight; `paravirtual` (x86's) and `instructions` by feature."""
 
-    __slots__ = ("instructions", "modes", "paravirtual", "tables", "untried")
+    __slots__ = ("instructions", "kinds", "modes", "paravirtual", "tables", "untried", "unvisited")
 
     def __init__(
         self,
@@ -61,6 +65,10 @@ class Proof:
         self.paravirtual = paravirtual
         self.instructions = instructions
         self.untried = untried  # words that were promised, and that no guest can be asked for
+        self.kinds: Sequence[str] = ()  # CPUs of each kind that guests ran on, "0-3"; empty where all are one
+        self.unvisited: Sequence[
+            Mapping[str, Any]
+        ] = ()  # kinds that they could not run on: a combo's "unvisited"
 
     def grades(self) -> dict[str, str]:
         """The words that are not honoured in every table, with the worst grade."""
@@ -72,3 +80,62 @@ class Proof:
             if standing.refused_enforced is False and not standing.shown:
                 found.setdefault(catalogs.names(words.X86_64).feature(feature).word, LEAKS)
         return {word: found[word] for word in sorted(found, key=words.order)}
+
+    def honoured(self, beginning: str) -> list[str]:
+        """The words with this beginning that some guest saw as they were to be, in every table that has them."""
+        seen = {
+            word
+            for table in self.tables.values()
+            for word, sight in table.items()
+            if word.startswith(beginning) and any(one is not None for one in sight.seen)
+        }
+        return sorted(seen - self.grades().keys(), key=words.order)
+
+
+def worst(proofs: Sequence[Proof]) -> Proof:
+    """One proof of a host with several kinds of CPU, from one or more: of each word, MSR and instruction the worst.
+
+    For a guest may run on any of them.
+    """
+    if len(proofs) == 1:
+        return proofs[0]
+    names = dict.fromkeys(name for proof in proofs for name in proof.tables)
+    return Proof(
+        proofs[0].modes,
+        {name: _worst_sights([proof.tables.get(name, {}) for proof in proofs]) for name in names},
+        _worst_standings(proofs),
+        _worst_marks(proof.instructions for proof in proofs),
+        list(dict.fromkeys(word for proof in proofs for word in proof.untried)),
+    )
+
+
+def _worst_sights(tables: Sequence[Mapping[str, Sight]]) -> dict[str, Sight]:
+    found: dict[str, Sight] = {}
+    for table in tables:
+        for word, sight in table.items():
+            before = found.setdefault(word, sight)
+            if _BY_SEVERITY.index(sight.grade) > _BY_SEVERITY.index(before.grade):
+                found[word] = sight
+    return {word: found[word] for word in sorted(found, key=words.order)}
+
+
+def _worst_standings(proofs: Sequence[Proof]) -> dict[str, Standing]:
+    found: dict[str, Standing] = {}
+    for proof in proofs:
+        for feature, one in proof.paravirtual.items():
+            before = found.setdefault(feature, one)
+            found[feature] = Standing(
+                one.shown and before.shown,
+                min(one.refused, before.refused, key=_REFUSED.index),
+                min(one.refused_enforced, before.refused_enforced, key=_REFUSED.index),
+                one.ignored or before.ignored,
+            )
+    return found
+
+
+def _worst_marks(each: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for marks in each:
+        for feature, mark in marks.items():
+            found[feature] = min(mark, found.get(feature, mark), key=MARKS.index)
+    return found

@@ -99,7 +99,9 @@ def _prove_host(
     for name, table in tables.items():
         each = proof_x86.sights(kvm, Table(table, {}), table)
         sights[name] = {word: sight for word, sight in each.items() if word.startswith(_HYPERVISORS)}
-    standings = _standings(kvm, probe, tables.get("hyperv-emptied", emptied))
+    standings = hidden_x86.paravirtual(kvm, emptied)
+    if tables:
+        standings.update(hidden_x86.enlightened(kvm, tables["hyperv-emptied"]))
     return Proof(MODE_NAMES, sights, standings, _hidden_alone(kvm, offered, silicon))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.kvm
 
 OURS = "cpuid:0x40000001.0.eax"
+# Up to Linux 5.15 KVM looks for its own features in leaf 0x40000001 alone. Beside Hyper-V that is "Hv#1", and the MSRs
+# of features that these bits happen to be are not refused, though the guest is not shown them.
+BESIDE = [OURS] if tuple(map(int, platform.release().split(".")[:2])) < (5, 16) else []
 PVM = Path("/sys/module/kvm_pvm").exists()
 Capture = pytest.CaptureFixture[str]
 
@@ -121,7 +125,8 @@ def test_a_contract_with_hyper_v(
     """Every word of it is set, read back and seen in each mode; KVM's own leaf is seen where it moved to."""
     contract = hyperv_contract(report, enlightened)
     status, found = verified(capsys, tmp_path, contract)
-    assert status == 0, found["broken"]
+    assert found["broken"] == BESIDE
+    assert status == (1 if BESIDE else 0)
     rows = found["tables"]["contract"]  # type: ignore[index]
     granted = {word: value for word, value in contract.words().items() if word.startswith("hyperv:")}
     assert granted["hyperv:0x40000003.0.eax"] == 1 << 6 | 1 << 5 | 1 << 1
@@ -161,7 +166,7 @@ def test_a_hyper_v_leaf_that_is_not_kept(kvm: Kvm, report: Report, enlightened: 
 
     with Liar(os.dup(kvm.fd)) as liar:
         found = verify_x86.prove(liar, hyperv_contract(report, enlightened).bound())
-    assert found.grades() == {"hyperv:0x40000003.0.eax": "leaks"}
+    assert found.grades() == {**dict.fromkeys(BESIDE, "leaks"), "hyperv:0x40000003.0.eax": "leaks"}
 
 
 def test_the_table_of_both_hypervisors(kvm: Kvm) -> None:

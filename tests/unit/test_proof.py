@@ -77,7 +77,9 @@ def test_xcr0() -> None:
         ("OPEN", 0, True, None),
     ],
 )
-def test_what_came_of_an_msr(outcome: str, value: int, ignoring: bool, found: tuple[bool, bool] | None) -> None:
+def test_what_came_of_an_msr(
+    outcome: str, value: int, ignoring: bool, found: tuple[bool, bool] | None
+) -> None:
     answer = guest_x86.Answer(getattr(guest_x86, outcome), 13, value & 0xFFFF_FFFF, 0, 0, value >> 32)
     assert hidden_x86.judged(answer, ignoring=ignoring) == found
 
@@ -91,7 +93,10 @@ def test_hyper_v_msrs_by_feature() -> None:
     assert msrs["hv-crash"] == tuple(range(0x40000100, 0x40000106))
     assert sum(map(len, msrs.values())) == len({msr for each in msrs.values() for msr in each}) == 28
     names = catalog.names("x86_64")
-    assert {names.feature(name).word for name in msrs} == {"hyperv:0x40000003.0.eax", "hyperv:0x40000003.0.edx"}
+    assert {names.feature(name).word for name in msrs} == {
+        "hyperv:0x40000003.0.eax",
+        "hyperv:0x40000003.0.edx",
+    }
 
 
 def test_features_of_instructions() -> None:

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Proofs of a host with several kinds of CPU: where guests run, and what of it counts."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvmneg.cli import verify
+from kvmneg.cli.output import Screen
+from kvmneg.host import kvm, proof, sight, software
+from kvmneg.host.sight import Proof, Sight, Standing
+from kvmneg.host.software import CpuClass
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WORD, OTHER = "cpuid:0x7.0.ebx", "hyperv:0x40000003.0.eax"
+BIG, LITTLE = {"model": "big"}, {"model": "little"}
+
+
+def one(grade: str, seen: int | None = 1) -> Sight:
+    return Sight(0xFF, 1, 1, (seen, None, None), grade)
+
+
+def made(tables: dict[str, dict[str, Sight]], standings: Any = (), marks: Any = ()) -> Proof:
+    return Proof(("real", "cpl0", "cpl3"), tables, dict(standings), dict(marks))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_worst_of_two_kinds_counts(first: int) -> None:
+    """Whichever comes first; what one kind has alone counts too."""
+    kinds = [
+        made(
+            {"offer": {WORD: one("honoured"), OTHER: one("leaks")}, "emptied": {WORD: one("untested")}},
+            {"kvmclock": Standing(False, True, True)},
+            {"aes": "trapped", "avx": "untested"},
+        ),
+        made(
+            {"offer": {WORD: one("replaced", 3), OTHER: one("replaced")}},
+            {"kvmclock": Standing(False, None, False)},
+            {"aes": "hidden only", "avx": "trapped"},
+        ),
+    ]
+    found = sight.worst([kinds[first], kinds[1 - first]])
+    assert found.tables["offer"] == {WORD: one("replaced", 3), OTHER: one("leaks")}
+    assert found.tables["emptied"] == {WORD: one("untested")}
+    assert found.paravirtual == {"kvmclock": (False, None, False, False)}
+    assert found.instructions == {"aes": "hidden only", "avx": "trapped"}
+    assert found.grades() == {WORD: "replaced", "cpuid:0x40000001.0.eax": "leaks", OTHER: "leaks"}
+
+
+def test_one_kind_is_itself() -> None:
+    only = made({"offer": {WORD: one("honoured")}})
+    assert sight.worst([only]) is only
+
+
+def test_what_guests_saw_as_it_was_to_be() -> None:
+    """In every table, and some guest did see it."""
+    more = "hyperv:0x40000004.0.eax"
+    found = made(
+        {
+            "hyperv": {OTHER: one("honoured"), more: one("honoured"), WORD: one("honoured")},
+            "hyperv-emptied": {OTHER: one("honoured"), more: one("replaced")},
+            "offer": {"hyperv:0x40000005.0.eax": one("honoured", None)},
+        }
+    )
+    assert found.honoured("hyperv:") == [OTHER]
+
+
+class Opened:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[CpuClass], list[Proof]], list[object]]:
+    """host(kinds, proofs): each next prove() gives the next of the proofs; the list of what each was asked."""
+
+    def set_up(kinds: list[CpuClass], proofs: list[Proof]) -> list[object]:
+        asked: list[object] = []
+
+        class Verifier:
+            @staticmethod
+            def prove(opened: Opened, bound: object) -> Proof:
+                asked.append((opened.path, bound, sorted(os.sched_getaffinity(0))))
+                return proofs[len(asked) - 1]
+
+        monkeypatch.setattr(software, "cpu_classes", lambda: kinds)
+        monkeypatch.setattr(proof, "verifier", lambda: Verifier)
+        monkeypatch.setattr(kvm.Kvm, "open", Opened)
+        return asked
+
+    return set_up
+
+
+def test_guests_run_on_each_kind(host: Callable[..., list[object]]) -> None:
+    """Pinned to a CPU of it; here both kinds are of the CPU that this process has for certain."""
+    cpu = min(os.sched_getaffinity(0))
+    good, bad = made({"contract": {WORD: one("honoured")}}), made({"contract": {WORD: one("replaced")}})
+    bound = {WORD: (1, 0xFF)}
+    asked = host([CpuClass(BIG, (cpu,)), CpuClass(LITTLE, (cpu, 99999))], [good, bad])
+    found = proof.on_each_kind("/dev/some", bound)
+    assert asked == [("/dev/some", bound, [cpu])] * 2
+    assert found.grades() == {WORD: "replaced"}
+    assert (found.kinds, found.unvisited) == ([str(cpu), f"{cpu},99999"], [])
+    assert len(os.sched_getaffinity(0)) >= 1
+
+
+def test_a_kind_that_may_not_be_visited_is_named(
+    host: Callable[..., list[object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    kinds = [CpuClass(BIG, (cpu,)), CpuClass(LITTLE, (99998, 99999))]
+    asked = host(kinds, [made({"offer": {WORD: one("honoured")}})])
+    found = proof.on_each_kind("/dev/some")
+    assert len(asked) == 1
+    assert found.kinds == [str(cpu)]
+    (missed,) = found.unvisited
+    assert (missed["cpus"], missed["kind"]) == ("99998-99999", LITTLE)
+    document = verify.to_json(found)
+    assert (document["kinds"], document["unvisited"]) == ([str(cpu)], [missed])
+    verify._show(Screen(), found, [], everything=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"untested: CPUs 99998-99999 (model little): {missed['because']}" in shown
+
+
+def test_what_guests_saw_goes_into_the_report(host: Callable[..., list[object]]) -> None:
+    """A word that only guests can tell of is untested until one did; a measurement's own grade stays."""
+    cpu = min(os.sched_getaffinity(0))
+    host([CpuClass(BIG, (cpu,))], [made({"hyperv": {OTHER: one("honoured")}, "offer": {WORD: one("leaks")}})])
+    kept = proof.Kept.from_json(proof.prove("/dev/some").to_json())
+    assert kept is not None
+    parts: dict[str, Any] = {"enforcement": {OTHER: "untested", WORD: "replaced", "kvm:hyperv": "untested"}}
+    measured: dict[str, str] = {}
+    kept.add_to(parts, measured)
+    assert parts["enforcement"] == {WORD: "leaks", "kvm:hyperv": "untested"}
+    assert proof.Kept.from_json({**kept.to_json(), "seen": [1]}) is None
+    assert proof.Kept.from_json({**kept.to_json(), "seen": "hyperv:"}) is None
