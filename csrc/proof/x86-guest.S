@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The proof guest: it goes through its rows, does to each what its kind says, writes down what came of it, and leaves
- * by port I/O at a row of kind 0. Bytes for x86-proof.c, which copies them to GUEST_CODE; nothing here ever runs in
+ * by port I/O at a row of kind 0. Bytes for x86-machine.c, which copies them to GUEST_CODE; nothing here ever runs in
  * the process. The same for each mode: DI points to the row, BP holds the top of the stack; a row's own code must
  * leave both alone.
  *

@@ -1,47 +1,19 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* Runs the proof guest on a vCPU: what a guest sees, whatever KVM says that it shows. */
 
-#define _GNU_SOURCE
-
 #include <assert.h>
 #include <errno.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
 
 #include "../internal.h"
 #include "../kvm-constants.h"
+#include "deadline.h"
 #include "x86-layout.h"
+#include "x86-machine.h"
 
-#ifndef sigev_notify_thread_id
-#define sigev_notify_thread_id _sigev_un._tid /* until glibc 2.41 */
-#endif
-
-#define STOP_SIGNAL SIGRTMAX
 #define TSS_ADDRESS 0xfffbd000 /* three pages that no guest of ours uses, below the BIOS; where QEMU has them */
-#define KERNEL_CODE 0x08
-#define KERNEL_DATA 0x10
-#define USER_CODE 0x18
-#define USER_DATA 0x20
-#define TSS_SELECTOR 0x28
-
-/* Intel SDM 3A 2.5, AMD APM 2 3.1 */
-#define CR0_LONG 0x80010033u /* PE, MP, ET, NE, WP, PG */
-#define CR0_REAL 0x10u       /* ET */
-#define CR4_BASE 0x620u      /* PAE, OSFXSR, OSXMMEXCPT */
-#define CR4_PAE 0x20u
-#define CR4_OSXSAVE 0x40000u
-#define EFER_LONG 0x500u /* LME, LMA */
-/* Interrupts on: none ever comes, and an emulated CPU may take the host's own only where the guest takes them. */
-#define RFLAGS_REAL 0x202u
-#define RFLAGS_LONG 0x3202u /* IOPL 3 */
-
-extern const uint8_t kvmneg_internal_guest[], kvmneg_internal_guest_end[], kvmneg_internal_guest_real_stubs[],
-        kvmneg_internal_guest_long[], kvmneg_internal_guest_long_stubs[];
 
 static_assert(sizeof(struct kvmneg_question) == ROW_SIZE, "layout");
 static_assert(offsetof(struct kvmneg_question, outcome) == ROW_OUTCOME, "layout");
@@ -60,126 +32,10 @@ struct guest {
         uint8_t *memory;
         struct kvm_run *run;
         size_t run_size;
-        bool slot, timer_set, masked;
-        timer_t timer;
-        sigset_t before;
+        bool slot;
+        struct kvmneg_internal_deadline deadline;
         struct kvmneg_trace *trace;
 };
-
-static void put64(uint8_t *memory, size_t at, uint64_t value) {
-        memcpy(memory + at, &value, sizeof(value));
-}
-
-/* A gate of an IDT of long mode (Intel SDM 3A 6.14.1): interrupt gate, DPL 0. */
-static void put_gate(uint8_t *memory, unsigned vector, uint64_t to) {
-        put64(memory, GUEST_IDT + vector * 16, (to & 0xffff) | KERNEL_CODE << 16 | UINT64_C(0x8e00) << 32 |
-                                                       (to >> 16 & 0xffff) << 48);
-        put64(memory, GUEST_IDT + vector * 16 + 8, to >> 32);
-}
-
-static size_t code_offset(const uint8_t *label) {
-        return GUEST_CODE + (size_t) (label - kvmneg_internal_guest);
-}
-
-static void fill_memory(uint8_t *memory) {
-        memcpy(memory + GUEST_CODE, kvmneg_internal_guest,
-               (size_t) (kvmneg_internal_guest_end - kvmneg_internal_guest));
-        for (unsigned vector = 0; vector < GUEST_VECTORS; vector++) {
-                uint32_t real = (uint32_t) code_offset(kvmneg_internal_guest_real_stubs) + vector * GUEST_REAL_STUB;
-
-                memcpy(memory + GUEST_IVT + vector * 4, &real, sizeof(real)); /* segment 0 */
-                put_gate(memory, vector, code_offset(kvmneg_internal_guest_long_stubs) + vector * GUEST_LONG_STUB);
-        }
-        put64(memory, GUEST_GDT + KERNEL_CODE, UINT64_C(0x00af9b000000ffff));
-        put64(memory, GUEST_GDT + KERNEL_DATA, UINT64_C(0x00cf93000000ffff));
-        put64(memory, GUEST_GDT + USER_CODE, UINT64_C(0x00affb000000ffff));
-        put64(memory, GUEST_GDT + USER_DATA, UINT64_C(0x00cff3000000ffff));
-        put64(memory, GUEST_GDT + TSS_SELECTOR, UINT64_C(0x00008b0000000067) | (uint64_t) GUEST_TSS << 16);
-        put64(memory, GUEST_TSS + 4, GUEST_FAULT_STACK);  /* RSP0 */
-        put64(memory, GUEST_PML4, GUEST_PDPT | 0x27);     /* present, writable, user, accessed */
-        put64(memory, GUEST_PDPT, GUEST_PD | 0x27);
-        put64(memory, GUEST_PD, 0xe7); /* 2 MiB from 0, dirty, large */
-}
-
-static struct kvm_segment code_segment(unsigned privilege) {
-        return (struct kvm_segment) {
-                .limit = 0xffffffff, .selector = (uint16_t) (privilege ? USER_CODE | privilege : KERNEL_CODE),
-                .type = 11, .present = 1, .dpl = (uint8_t) privilege, .s = 1, .l = 1, .g = 1,
-        };
-}
-
-static struct kvm_segment data_segment(unsigned privilege) {
-        return (struct kvm_segment) {
-                .limit = 0xffffffff, .selector = (uint16_t) (privilege ? USER_DATA | privilege : KERNEL_DATA),
-                .type = 3, .present = 1, .dpl = (uint8_t) privilege, .db = 1, .s = 1, .g = 1,
-        };
-}
-
-static void long_segments(struct kvm_sregs *sregs, unsigned privilege) {
-        sregs->cs = code_segment(privilege);
-        sregs->ds = sregs->es = sregs->fs = sregs->gs = sregs->ss = data_segment(privilege);
-        sregs->tr = (struct kvm_segment) { .base = GUEST_TSS, .limit = 0x67, .selector = TSS_SELECTOR,
-                                           .type = 11, .present = 1 };
-        sregs->gdt = (struct kvm_dtable) { .base = GUEST_GDT, .limit = TSS_SELECTOR + 15 };
-        sregs->idt = (struct kvm_dtable) { .base = GUEST_IDT, .limit = GUEST_VECTORS * 16 - 1 };
-        sregs->cr0 = CR0_LONG;
-        sregs->cr3 = GUEST_PML4;
-        sregs->cr4 = CR4_BASE;
-        sregs->efer = EFER_LONG;
-}
-
-static void real_segments(struct kvm_sregs *sregs) {
-        struct kvm_segment data = { .limit = 0xffff, .type = 3, .present = 1, .s = 1 };
-
-        sregs->cs = sregs->ss = sregs->fs = sregs->gs = data;
-        sregs->cs.type = 11;
-        data.base = GUEST_ROWS;
-        data.selector = GUEST_ROWS >> 4;
-        sregs->ds = sregs->es = data;
-        sregs->idt = (struct kvm_dtable) { .base = GUEST_IVT, .limit = GUEST_VECTORS * 4 - 1 };
-        sregs->cr0 = CR0_REAL;
-        sregs->cr3 = 0;
-        sregs->cr4 = CR4_BASE & ~CR4_PAE;
-        sregs->efer = 0;
-}
-
-/* Brings the vCPU to the row number `row`, whatever it did before. */
-static int start_at(struct guest *guest, uint32_t row) {
-        bool real = guest->mode == KVMNEG_MODE_REAL;
-        struct kvm_vcpu_events events = {};
-        struct kvm_sregs sregs;
-        struct kvm_regs regs = {
-                .rflags = real ? RFLAGS_REAL : RFLAGS_LONG,
-                .rip = real ? GUEST_CODE : code_offset(kvmneg_internal_guest_long),
-                .rdi = (real ? 0 : GUEST_ROWS) + (uint64_t) row * ROW_SIZE,
-                .rsp = GUEST_STACK,
-                .rbp = GUEST_STACK,
-        };
-        int r;
-
-        r = ioctl_pointer(guest->vcpu_fd, KVM_GET_SREGS, &sregs, guest->trace);
-        if (r < 0)
-                return r;
-        if (real)
-                real_segments(&sregs);
-        else
-                long_segments(&sregs, guest->mode == KVMNEG_MODE_CPL3 ? 3 : 0);
-        sregs.cr4 |= CR4_OSXSAVE;
-        r = ioctl_pointer(guest->vcpu_fd, KVM_SET_SREGS, &sregs, guest->trace);
-        if (r == -EINVAL) { /* a guest without XSAVE in its table */
-                sregs.cr4 &= ~CR4_OSXSAVE;
-                r = ioctl_pointer(guest->vcpu_fd, KVM_SET_SREGS, &sregs, guest->trace);
-        }
-        if (r == -EINVAL) { /* or without FXSR and SSE */
-                sregs.cr4 &= CR4_PAE;
-                r = ioctl_pointer(guest->vcpu_fd, KVM_SET_SREGS, &sregs, guest->trace);
-        }
-        if (r >= 0)
-                r = ioctl_pointer(guest->vcpu_fd, KVM_SET_REGS, &regs, guest->trace);
-        if (r >= 0 && row > 0) /* the run before may have died with an exception on its way */
-                r = ioctl_pointer(guest->vcpu_fd, KVM_SET_VCPU_EVENTS, &events, guest->trace);
-        return r < 0 ? r : 0;
-}
 
 /* XCR0, where the vCPU can have it at all: the guest says what became of it. */
 static int set_xcr0(struct guest *guest, uint64_t value) {
@@ -218,7 +74,7 @@ static int map_guest(int kvm_fd, struct guest *guest) {
         guest->memory = guest->run ? map(GUEST_SIZE, -1) : NULL;
         if (!guest->memory)
                 return negative_errno();
-        fill_memory(guest->memory);
+        kvmneg_internal_fill_guest(guest->memory);
         /* Intel without "unrestricted guest" needs three pages for real mode (api.rst 4.59); once for each VM. */
         r = kvmneg_internal_ioctl(guest->vm_fd, KVM_SET_TSS_ADDR, TSS_ADDRESS, guest->trace);
         if (r < 0 && r != -EEXIST)
@@ -228,68 +84,8 @@ static int map_guest(int kvm_fd, struct guest *guest) {
         return r < 0 ? r : 0;
 }
 
-/*
- * A guest that loops never leaves KVM_RUN by itself. A timer's signal ends it: blocked in this thread but for the time
- * in KVM_RUN (KVM_SET_SIGNAL_MASK, api.rst 4.21), so that no handler is needed and none of the caller's ever runs.
- */
-static int arm(struct guest *guest, uint32_t milliseconds) {
-        struct {
-                struct kvm_signal_mask head;
-                uint8_t set[8];
-        } mask = { .head = { .len = 8 } };
-        struct sigevent event = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = STOP_SIGNAL };
-        struct itimerspec when = {
-                .it_value = { .tv_sec = milliseconds / 1000, .tv_nsec = milliseconds % 1000 * 1000000L },
-        };
-        sigset_t stop;
-        int r;
-
-        sigemptyset(&stop);
-        sigaddset(&stop, STOP_SIGNAL);
-        r = pthread_sigmask(SIG_BLOCK, &stop, &guest->before);
-        if (r > 0)
-                return -r;
-        guest->masked = true;
-        for (int number = 1; number <= 64; number++)
-                if (number != STOP_SIGNAL && sigismember(&guest->before, number) == 1)
-                        mask.set[(number - 1) / 8] |= (uint8_t) (1u << (number - 1) % 8);
-        r = ioctl_pointer(guest->vcpu_fd, KVM_SET_SIGNAL_MASK, &mask, guest->trace);
-        if (r < 0)
-                return r;
-        event.sigev_notify_thread_id = gettid();
-        if (timer_create(CLOCK_MONOTONIC, &event, &guest->timer) < 0)
-                return negative_errno();
-        guest->timer_set = true;
-        return timer_settime(guest->timer, 0, &when, NULL) < 0 ? negative_errno() : 0;
-}
-
-static bool time_is_over(const struct guest *guest) {
-        struct itimerspec left;
-
-        return timer_gettime(guest->timer, &left) < 0 || (left.it_value.tv_sec == 0 && left.it_value.tv_nsec == 0);
-}
-
-static int disarm(struct guest *guest) {
-        static const struct timespec now = {};
-        sigset_t stop;
-        int r = 0;
-
-        if (guest->timer_set)
-                timer_delete(guest->timer);
-        if (guest->masked) {
-                sigemptyset(&stop);
-                sigaddset(&stop, STOP_SIGNAL);
-                while (sigtimedwait(&stop, NULL, &now) > 0) /* what the timer left behind */
-                        continue;
-                r = kvmneg_internal_ioctl(guest->vcpu_fd, KVM_SET_SIGNAL_MASK, 0, guest->trace);
-                pthread_sigmask(SIG_SETMASK, &guest->before, NULL);
-        }
-        guest->timer_set = guest->masked = false;
-        return r;
-}
-
 static int guest_done(struct guest *guest, int r) {
-        int undone = disarm(guest);
+        int undone = kvmneg_internal_disarm(&guest->deadline, guest->trace);
 
         if (guest->slot) {
                 int gone = set_slot(guest, 0);
@@ -304,20 +100,10 @@ static int guest_done(struct guest *guest, int r) {
 
 /* Lets the vCPU run until it leaves; KVM's reason, or KVMNEG_EXIT_TIME. Negative: KVM_RUN failed. */
 static int run_once(struct guest *guest, uint32_t *ret_reason) {
-        for (;;) {
-                int r = kvmneg_internal_ioctl(guest->vcpu_fd, KVM_RUN, 0, guest->trace);
+        int r = kvmneg_internal_run(&guest->deadline, guest->run, ret_reason, guest->trace);
 
-                if (r >= 0) {
-                        *ret_reason = guest->run->exit_reason;
-                        break;
-                }
-                if (r != -EINTR && r != -EAGAIN)
-                        return r;
-                if (time_is_over(guest)) {
-                        *ret_reason = KVMNEG_EXIT_TIME;
-                        break;
-                }
-        }
+        if (r < 0)
+                return r;
         /* api.rst 5: what it left for is finished by the next KVM_RUN, which must not begin anything else */
         guest->run->immediate_exit = 1;
         (void) kvmneg_internal_ioctl(guest->vcpu_fd, KVM_RUN, 0, NULL);
@@ -344,7 +130,7 @@ static int run_rows(struct guest *guest, struct kvmneg_question *rows, uint32_t 
         uint32_t row = 0, reason;
 
         while ((row = next_open(guest, rows, row, count)) < count) {
-                int r = start_at(guest, row);
+                int r = kvmneg_internal_start_guest(guest->vcpu_fd, guest->mode, row, guest->trace);
 
                 if (r >= 0)
                         r = run_once(guest, &reason);
@@ -405,7 +191,7 @@ int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t
                 copy_in(rows, questions);
                 r = set_xcr0(&guest, questions->xcr0);
                 if (r >= 0)
-                        r = arm(&guest, milliseconds);
+                        r = kvmneg_internal_arm(&guest.deadline, vcpu_fd, milliseconds, trace);
                 if (r >= 0)
                         r = run_rows(&guest, rows, questions->count);
                 memcpy(answers->entries, rows, questions->count * sizeof(rows[0]));

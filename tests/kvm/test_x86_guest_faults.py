@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("system.c", "x86.c", "x86-cpuid.c", "x86-state.c", "proof/x86-proof.c", "proof/x86-guest.S")
+SOURCES = (
+    "system.c", "x86.c", "x86-cpuid.c", "x86-state.c", "proof/deadline.c", "proof/x86-machine.c", "proof/x86-proof.c",
+    "proof/x86-guest.S",
+)  # fmt: skip
 WRAPPED = ("ioctl", "mmap", "calloc", "timer_create")
 EXIST = 17
 
