@@ -21,7 +21,7 @@ from kvmneg.policy.request import Request
 HOSTS = Path(__file__).resolve().parents[1] / "data/hosts"
 RECORDED = ("amd-6.12.max", "intel-6.12.corei7_icelake_u", "arm64-6.12.max", "arm64-6.1.neoverse-n1")
 HEADER, ENTRY_SIZES = 160, (48, 24, 24, 64, 24, 4)
-FLAGS, CAPABILITIES = 5, 3
+FLAGS = 5
 BLOCKER = {"feature": "avx2", "word": "cpuid:0x7.0.ebx", "bit": 5, "wantedBy": "the request",
            "missingOn": "host node7", "cause": "kvm", "because": "KVM does not offer it"}  # fmt: skip
 
@@ -34,14 +34,18 @@ def contract(name: str) -> bytes:
 
 
 def few(binary: bytes, entries: int) -> bytes:
-    """The first so many entries of each section, and the last one; capabilities and flags whole, for they agree."""
+    """The first so many entries of each section and the last one; all flags, and the capability that they repeat."""
     counts = struct.unpack_from("<6I", binary, 104)
     kept, body, at = [], b"", HEADER
     for section, (count, size) in enumerate(zip(counts, ENTRY_SIZES, strict=True)):
         rows = [binary[at + i * size : at + (i + 1) * size] for i in range(count)]
         at += count * size
-        if section not in (CAPABILITIES, FLAGS) and count > entries:
-            rows = [*rows[:entries], rows[-1]]
+        if section != FLAGS:
+            rows = [
+                row
+                for i, row in enumerate(rows)
+                if i < entries or i == count - 1 or row.startswith(b"arm:vcpu-features\0")
+            ]
         kept.append(len(rows))
         body += b"".join(rows)
     head = bytearray(binary[:HEADER])

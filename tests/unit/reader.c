@@ -7,6 +7,8 @@
  *     reader truncate CONTRACT            every length below, as it is and with size and digest repaired
  *     reader open CONTRACT                a file, a descriptor, memory; allocations and reads that fail
  *     reader digests                      SHA-256 of 0 to 300 bytes, one a line
+ *     reader words                        addresses of words at the ends of what they may be, one a line
+ *     reader look FILE...                 takes or refuses each: "1" or "0"
  *
  * Prints what it counted; exits with 1 and says what, where the reader did something that it may not. Linked with
  * --wrap=calloc, realloc and read.
@@ -234,7 +236,47 @@ static int digests(void) {
         return 0;
 }
 
+static int words(void) {
+        static const uint32_t numbers[] = { 0, 9, 10, 0x40000001, UINT32_MAX };
+        char text[KVMNEG_WORD_CHARACTERS], name[CAPABILITY_NAME + 1] = "kvm:"; /* one more than it is to read */
+
+        for (unsigned i = 0; i < 5; i++)
+                for (unsigned place = 0; place < 4; place++) {
+                        kvmneg_internal_cpuid_word(text, place % 2, numbers[i], numbers[4 - i], place);
+                        puts(text);
+                }
+        for (unsigned i = 0; i < 5; i++) {
+                kvmneg_internal_number_word(text, "msr:", numbers[i]);
+                puts(text);
+                kvmneg_internal_number_word(text, "arm64:", (uint64_t) numbers[i] << 32 | numbers[4 - i]);
+                puts(text);
+        }
+        kvmneg_internal_name_word(text, name);
+        puts(text);
+        memset(name + 4, 'x', sizeof(name) - 4);
+        kvmneg_internal_name_word(text, name);
+        puts(text);
+        kvmneg_internal_text_word(text, "arm:vcpu-features");
+        puts(text);
+        return 0;
+}
+
+static int look(int count, char **files) {
+        for (int i = 0; i < count; i++) {
+                uint64_t size;
+                uint8_t *data = load(files[i], &size);
+
+                printf("%d\n", taken(data, size, 0));
+                free(data);
+        }
+        return 0;
+}
+
 int main(int argc, char **argv) {
+        if (argc >= 3 && strcmp(argv[1], "look") == 0)
+                return look(argc - 2, argv + 2);
+        if (argc == 2 && strcmp(argv[1], "words") == 0)
+                return words();
         if (argc == 4 && strcmp(argv[1], "mutate") == 0)
                 return mutate(argv[2], argv[3]);
         if (argc == 3 && strcmp(argv[1], "truncate") == 0)
@@ -243,6 +285,7 @@ int main(int argc, char **argv) {
                 return open_all(argv[2]);
         if (argc == 2 && strcmp(argv[1], "digests") == 0)
                 return digests();
-        fprintf(stderr, "usage: reader mutate CONTRACT all|bits|one | truncate CONTRACT | open CONTRACT | digests\n");
+        fprintf(stderr, "usage: reader mutate CONTRACT all|bits|one | truncate CONTRACT | open CONTRACT | look FILE... |"
+                        " digests | words\n");
         return 2;
 }

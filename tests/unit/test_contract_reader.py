@@ -20,12 +20,14 @@ from kvmneg._libkvmneg import lib
 
 from kvmneg import limits
 from kvmneg.errors import BadInput
+from kvmneg.features import words
 from kvmneg.features.report import Report
 from kvmneg.host.apply import Applied
 from kvmneg.policy import negotiation, pool
 from kvmneg.policy.contract import Contract
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
+from tests.fuzz.seeds import few
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,6 +79,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(name: str, *flags: str) -> Path:
         if not shutil.which("gcc"):
             pytest.skip("gcc is not installed")
+        if (folder / name).exists():
+            return folder / name
         command = ["gcc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", *WRAP, *flags]
         sources = [ROOT / "tests/unit/reader.c", stub, *READER]
         done = subprocess.run(
@@ -113,6 +117,20 @@ def sections(binary: bytes) -> list[tuple[int, int]]:
     return starts
 
 
+def test_every_change_of_a_byte_to_any_other(
+    build: Callable[..., Path], binary: bytes, tmp_path: Path
+) -> None:
+    """With two entries of each section; the test below has every entry, and with --long this for every entry."""
+    file = tmp_path / "contract"
+    file.write_bytes(small := few(binary, 1))
+    assert Contract.from_binary(small).binary() == small
+    program = build("reader-O2", "-O2")
+    tried, taken = map(int, run(program, "mutate", file, "all"))
+    assert tried == len(small) * 255
+    assert 0 < taken < tried / 2
+    assert run(program, "truncate", file) == [str(len(small))]
+
+
 @pytest.mark.parametrize("flags", [["-O2"], ["-O1", *SANITIZERS]], ids=["plain", "sanitized"])
 def test_every_change_of_a_byte_and_every_length(
     build: Callable[..., Path], flags: list[str], binary: bytes, tmp_path: Path, pytestconfig: pytest.Config
@@ -120,7 +138,7 @@ def test_every_change_of_a_byte_and_every_length(
     """Refused with the digest as it was; with a good one refused, or the contract that those bytes are."""
     file = tmp_path / "contract"
     file.write_bytes(binary)
-    program = build("-".join(["reader", *flags]).replace("/", ""), *flags)
+    program = build("reader-O2" if flags == ["-O2"] else "reader", *flags)
     how = {1: ("bits", "all"), 2: ("one", "bits")}[min(len(flags), 2)][bool(pytestconfig.getoption("long"))]
     tried, taken = map(int, run(program, "mutate", file, how))
     assert tried == len(binary) * {"all": 255, "bits": 8, "one": 1}[how]
@@ -150,10 +168,55 @@ def test_digests_are_sha256(build: Callable[..., Path]) -> None:
     assert found == expected
 
 
+def test_words_are_written_as_in_documents(build: Callable[..., Path]) -> None:
+    """At the ends of what leaves, subleaves, indices, ids and names may be: no longer than their room."""
+    numbers = (0, 9, 10, 0x4000_0001, 0xFFFF_FFFF)
+    expected = [
+        words.cpuid_word(leaf, subleaf, register, ("cpuid", "hyperv")[place % 2])
+        for leaf, subleaf in zip(numbers, reversed(numbers), strict=True)
+        for place, register in enumerate(words.REGISTERS)
+    ]
+    for number, other in zip(numbers, reversed(numbers), strict=True):
+        expected += [words.msr_word(number), f"arm64:{number << 32 | other:#x}"]
+    expected += ["kvm:", "kvm:" + 36 * "x", "arm:vcpu-features"]
+    assert run(build("reader", "-O1", *SANITIZERS), "words") == expected
+
+
+def test_the_fuzzers_corpus(build: Callable[..., Path]) -> None:
+    """Taken or refused as the other reader does."""
+    files = sorted((ROOT / "tests/fuzz/corpus/contract").iterdir())
+    found = run(build("reader", "-O1", *SANITIZERS), "look", *files)
+    assert found == [str(int(verdict(file.read_bytes()) == "taken")) for file in files]
+    assert set(found) == {"0", "1"}
+
+
+Counts = tuple[list[int], list[int]]
+
+
+def reached(folder: Path, program: str) -> dict[str, Counts]:
+    """Of each file of the reader: how many lines, then branches, were not run and were."""
+    found: dict[str, Counts] = {}
+    for source in READER:
+        text = subprocess.run(
+            ["gcov", "--json-format", "--stdout", "--branch-probabilities", f"{program}-{source.stem}.gcda"],
+            capture_output=True, check=True, cwd=folder,
+        ).stdout  # fmt: skip
+        for file in json.loads(text)["files"]:
+            if Path(file["file"]).name != source.name:
+                continue  # inline functions of headers
+            counts = found[source.name] = ([0, 0], [0, 0])
+            for line in file["lines"]:
+                counts[0][line["count"] > 0] += 1
+                for branch in line["branches"]:
+                    counts[1][branch["count"] > 0] += 1
+    return found
+
+
 def test_coverage(build: Callable[..., Path], tmp_path: Path) -> None:
-    """What the tests here reach of the reader: 95 % of its lines and 85 % of its branches."""
-    if not shutil.which("gcov"):
-        pytest.skip("gcov is not installed")
+    """What the tests here and the corpus reach of the reader: 95 % of each file's lines and 85 % of its branches.
+
+    gcov comes with gcc: without it this fails.
+    """
     program = build("covered", "-O0", "--coverage")
     for name, contract in CONTRACTS.items():
         file = tmp_path / name
@@ -163,22 +226,15 @@ def test_coverage(build: Callable[..., Path], tmp_path: Path) -> None:
         for number, (_what, damaged, _offset) in enumerate(damages(contract())):
             (tmp_path / f"{name}{number}").write_bytes(damaged)
             run(program, "open", tmp_path / f"{name}{number}")
-    lines, branches = [0, 0], [0, 0]
-    for data in program.parent.glob("covered-*.gcda"):
-        if not any(data.name == f"covered-{source.stem}.gcda" for source in READER):
-            continue
-        text = subprocess.run(
-            ["gcov", "--json-format", "--stdout", "--branch-probabilities", data.name],
-            capture_output=True, check=True, cwd=program.parent,
-        ).stdout  # fmt: skip
-        for file_ in json.loads(text)["files"]:
-            for line in file_["lines"]:
-                lines[line["count"] > 0] += 1
-                for branch in line["branches"]:
-                    branches[branch["count"] > 0] += 1
-    assert sum(lines) > 250
-    assert lines[1] / sum(lines) >= 0.95, lines
-    assert branches[1] / sum(branches) >= 0.85, branches
+    run(program, "look", *(ROOT / "tests/fuzz/corpus/contract").iterdir())
+    run(program, "digests")
+    run(program, "words")
+    found = reached(program.parent, "covered")
+    assert set(found) == {source.name for source in READER}
+    assert sum(sum(lines) for lines, _ in found.values()) > 250
+    for name, (lines, branches) in found.items():
+        assert lines[1] / sum(lines) >= 0.95, (name, lines)
+        assert branches[1] / sum(branches) >= 0.85, (name, branches)
 
 
 def verdict(data: bytes) -> str:
@@ -195,8 +251,7 @@ def verdict(data: bytes) -> str:
     if ours is None or theirs is None:
         return "refused"
     assert theirs.binary() == ours.binary() == data
-    words = {word: value for word, value, _mask in theirs.words()}
-    assert words == ours.words()
+    assert {word: value for word, value, _mask in theirs.words()} == ours.words()
     return "taken"
 
 
