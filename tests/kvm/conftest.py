@@ -24,6 +24,7 @@ MACHINE = platform.machine()
 _FILES = {"x86_64": "test_x86_*.py", "aarch64": "test_arm64_*.py"}
 collect_ignore_glob = [pattern for machine, pattern in _FILES.items() if machine != MACHINE]
 ROOT = Path(__file__).resolve().parents[2]
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,13 +43,18 @@ def kvm() -> Iterator[Kvm]:
 
 @pytest.fixture(scope="session")
 def compile_c(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """compile_c(name, *arguments) → the program; warnings are errors, csrc/ is searched for headers."""
+    """compile_c(name, *arguments) → the program; warnings are errors, csrc/ is searched for headers.
+
+    Programs have the sanitizers: what is out of bounds, undefined or leaks ends them with an error.
+    """
     folder = tmp_path_factory.mktemp("c")
 
     def compile_it(name: str, *arguments: str | Path) -> Path:
         if not shutil.which("gcc"):
             pytest.skip("gcc is not installed")
-        flags = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-I", ROOT / "csrc")
+        flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-I", ROOT / "csrc"]
+        if "-shared" not in arguments:
+            flags += SANITIZERS
         command = ["gcc", *flags, *arguments, "-o", folder / name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

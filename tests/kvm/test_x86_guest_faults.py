@@ -18,7 +18,7 @@ SOURCES = (
     "system.c", "x86.c", "x86-cpuid.c", "x86-state.c", "proof/deadline.c", "proof/x86-machine.c", "proof/x86-proof.c",
     "proof/x86-guest.S",
 )  # fmt: skip
-WRAPPED = ("ioctl", "mmap", "calloc", "timer_create")
+WRAPPED = ("ioctl", "mmap", "munmap", "calloc", "timer_create")
 EXIST = 17
 
 
