@@ -29,8 +29,8 @@ build() {
     "$compiler" "${flags[@]}" "$top"/tests/fuzz/contract_{fuzzer,mutator}.c "${library[@]}" -o "$1/contract" &
     local other=$!
     # the system as the client sees it is reply_fuzzer.c's
-    "$compiler" "${flags[@]}" -Wl,--wrap={socket,connect,recv,kvmneg_contract_open} "$top"/tests/fuzz/reply_fuzzer.c \
-        "$top"/client/*.c "${library[@]}" "${json[@]}" -o "$1/reply"
+    "$compiler" "${flags[@]}" -Wl,--wrap={socket,connect,recv,kvmneg_contract_open} \
+        "$top"/tests/fuzz/reply_{fuzzer,mutator}.c "$top"/client/*.c "${library[@]}" "${json[@]}" -o "$1/reply"
     wait "$other"
 }
 

@@ -2,10 +2,12 @@
 /*
  * Fuzzing what libkvmneg-client makes of the daemon's bytes, with libFuzzer (tools/fuzz.sh builds and runs it).
  *
- * The first byte of an input says in how large pieces the rest arrives, 0 all at once; the rest is what a daemon writes
- * before it closes the connection. Every method hears it, on a connection of its own: socket(2) is one end of a pair
- * that has those bytes to read, recv(2) is cut into pieces. The second call of Begin asks for the digest that the reply
- * has, if it has one, so that a grant is one; the file of a grant is always the same good contract.
+ * The first byte of an input says in how large pieces the rest arrives at the first call, 0 all at once; the rest is
+ * what a daemon writes before it closes the connection. Every method hears it, on a connection of its own: socket(2) is
+ * one end of a pair that has those bytes to read, recv(2) is cut into pieces. The second call of Begin asks for the
+ * digest that the reply has, if it has one, so that a grant is one; the file of a grant is always the same contract.
+ *
+ * reply_mutator.c changes values of the JSON as well as bytes.
  *
  * What is given is looked at: texts end, have no control characters but the ends of lines, as many lines as are said;
  * what is not given is not touched; no descriptor stays open. Memory is the sanitizers' matter.
@@ -203,6 +205,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         sent_size = size - 1;
         digest_in(digest);
         negotiate();
+        piece = 0; /* one framing for all methods, and many calls of the system: once is enough */
         begin(digest, false);
         begin(digest, true);
         begin(file_digest, true);
