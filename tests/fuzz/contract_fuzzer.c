@@ -22,18 +22,42 @@
 #include "fuzzer.h"
 #include "kvmneg.h"
 
+/* In order, and each entry judged by its rule: as it may be left out, and not. */
+static void check_portable(const struct kvmneg_contract *contract, const struct kvmneg_contract_info *info) {
+        const struct kvmneg_portable *rows;
+        struct kvmneg_failure failure;
+        uint32_t count;
+
+        rows = kvmneg_contract_portable(contract, &count);
+        REQUIRE(count == info->portable);
+        for (uint32_t i = 0; i < count; i++) {
+                const struct kvmneg_portable *row = &rows[i];
+                bool left_out = row->rule == KVMNEG_DROP_IF || row->rule == KVMNEG_DROP_IF_TIMER_OFF;
+
+                REQUIRE(row->kind == 1 && row->rule >= KVMNEG_CARRY && row->rule <= KVMNEG_REFUSE);
+                REQUIRE(i == 0 || rows[i - 1].id < row->id);
+                REQUIRE(kvmneg_judge_register(contract, row->id, ~row->value, 1, true, NULL) == 1);
+                REQUIRE(kvmneg_judge_register(contract, row->id, row->value, 0, false, NULL) ==
+                        (left_out ? 0 : -ENOENT));
+                REQUIRE(kvmneg_judge_register(contract, row->id, ~row->value, 1, false, &failure) < 0);
+                REQUIRE(failure.id == row->id && failure.error < 0);
+                REQUIRE(row->rule != KVMNEG_DROP_IF || (failure.error == -EBADE && failure.got == row->value));
+        }
+        if (info->architecture == KVMNEG_X86_64)
+                REQUIRE(kvmneg_judge_register(contract, 0, 0, 0, false, NULL) == -ENOEXEC);
+}
+
 static void look(const struct kvmneg_contract *contract, const uint8_t *data, size_t size) {
         struct kvmneg_contract_info info;
         struct kvmneg_bound_word word;
-        const struct kvmneg_portable *portable;
-        uint32_t words = 0, count, one_each;
+        uint32_t words = 0, one_each;
         uint64_t kept;
 
         REQUIRE(memcmp(kvmneg_contract_bytes(contract, &kept), data, size) == 0 && kept == size);
         kvmneg_contract_describe(contract, &info);
         REQUIRE(info.architecture == KVMNEG_X86_64 || info.architecture == KVMNEG_ARM64);
         REQUIRE(info.grade <= 2 && memcmp(info.digest, data + 32, sizeof(info.digest)) == 0);
-        REQUIRE(info.flags == (uint32_t) __builtin_popcount(info.vcpu_features));
+        REQUIRE(info.flags == (uint32_t) __builtin_popcountll(info.vcpu_features));
         for (; kvmneg_contract_word(contract, words, &word) == 0; words++) {
                 size_t length = strnlen(word.word, sizeof(word.word));
 
@@ -45,12 +69,7 @@ static void look(const struct kvmneg_contract *contract, const uint8_t *data, si
         one_each = info.msrs + info.registers + info.capabilities;
         REQUIRE(words >= one_each + info.cpuids && words <= one_each + 4 * info.cpuids);
         REQUIRE(kvmneg_contract_word(contract, UINT32_MAX, &word) == -ENOENT);
-        portable = kvmneg_contract_portable(contract, &count);
-        REQUIRE(count == info.portable);
-        for (uint32_t i = 0; i < count; i++) {
-                REQUIRE(portable[i].kind == 1 && portable[i].rule >= KVMNEG_CARRY && portable[i].rule <= KVMNEG_REFUSE);
-                REQUIRE(i == 0 || portable[i - 1].id < portable[i].id);
-        }
+        check_portable(contract, &info);
 }
 
 #if defined(__x86_64__)
