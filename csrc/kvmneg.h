@@ -367,7 +367,7 @@ struct kvmneg_cpuid {
  *     shown that leaf, and an empty table gets KVM's.
  *   - The size of the XSAVE area in leaf 0xd is computed from the components that are left.
  * Returns how many entries it changed or added: 0 for a table that is what the contract says, as it is the second time.
- *   -EOPNOTSUPP the contract binds what is the VMM's
+ *   -EOPNOTSUPP the contract binds what is the VMM's, or a leaf where no table has one
  *   -ENOSPC     there is no room for a leaf that is missing; the table is then as far as it went
  *   -E2BIG      `cpuid` has more than KVMNEG_CONTRACT_CPUIDS_MAX entries
  *   -ENOEXEC    not a contract of x86

@@ -27,8 +27,6 @@ static int add_missing(const struct kvmneg_contract *contract, struct view view,
 
                 if (seen[i / 64] >> i % 64 & 1 || !any(entry->values) || !kvmneg_internal_locate(entry, view, &function))
                         continue;
-                if (judge(contract, view, function, entry->index).found != i)
-                        continue; /* binds what is the VMM's: added, it would not be known again */
                 if (*count >= capacity)
                         return -ENOSPC;
                 entries[(*count)++] = (struct kvmneg_cpuid_entry) { .function = function,

@@ -169,11 +169,23 @@ bool kvmneg_internal_locate(const struct contract_cpuid *entry, struct view view
         return view.kvm_base != 0;
 }
 
+/* Whether no table has an entry with this address: added to one, it would not be found there again. */
+static bool is_nowhere(const struct contract_cpuid *entry) {
+        bool known = entry->function >= HYPERVISORS && entry->function < HYPERVISORS + HYPERVISOR_STEP;
+
+        if (entry->index != 0 && !kvmneg_internal_is_indexed(entry->function))
+                return true;
+        if (entry->space == SPACE_HYPERV)
+                return !known;
+        return !known && entry->function >= HYPERVISORS && entry->function < HYPERVISORS_END;
+}
+
 /* The bits of a contract's entry that are not for it to bind: leaves of the VMM, sizes that are computed. */
 static void foreign(const struct contract_cpuid *entry, uint32_t ret_bits[static 4]) {
         bool xsave = entry->space == SPACE_CPUID && entry->function == XSAVE_LEAF;
+        bool all = is_nowhere(entry) || is_vmms(entry->space, entry->function, entry->index);
 
-        memset(ret_bits, is_vmms(entry->space, entry->function, entry->index) ? 0xff : 0, 4 * sizeof(ret_bits[0]));
+        memset(ret_bits, all ? 0xff : 0, 4 * sizeof(ret_bits[0]));
         if (xsave && entry->index <= 1)
                 ret_bits[EBX] = UINT32_MAX;
         if (xsave && entry->index == 0)

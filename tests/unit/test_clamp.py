@@ -187,15 +187,6 @@ def test_again_changes_nothing(table: list[CpuidEntry]) -> None:
     assert held.clamp([CpuidEntry(*row) for row in once]) == once
 
 
-def test_a_leaf_of_the_vmm_is_not_added() -> None:
-    """A contract that binds one, as no daemon writes it: found by the fuzzer, once for each call."""
-    odd = Applied.of((ROOT / "tests/fuzz/corpus/contract/leaf-of-the-vmm").read_bytes())
-    assert any(word.startswith("cpuid:0x4.0.") and value for word, value, _mask in odd.words())
-    once = odd.clamp([])
-    assert 4 not in {row[0] for row in once}
-    assert odd.clamp([CpuidEntry(*row) for row in once]) == once
-
-
 @pytest.mark.parametrize(("prefix", "architecture"), [("x86", words.X86_64), ("arm64", words.ARM64)])
 def test_capabilities_are_the_catalogues(prefix: str, architecture: str) -> None:
     """csrc/*-capabilities.c has every kvm: word with the kernel's number, and how it compares."""

@@ -46,6 +46,8 @@ VMMS = [
         for leaf in (0x4000_0000, 0x4000_0001, 0x4000_0010, 0x4000_0080, 0x4000_0081)
     ),
     *("cpuid:0x12.2.eax", "cpuid:0xd.0.ebx", "cpuid:0xd.0.ecx", "cpuid:0xd.1.ebx"),
+    # where no table has a leaf that a contract could mean
+    *("cpuid:0x1.1.eax", "hyperv:0x5.0.eax", "hyperv:0x40000003.1.eax", "cpuid:0x40000100.0.eax"),
 ]
 
 Row = tuple[int, ...]
