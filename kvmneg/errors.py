@@ -109,6 +109,34 @@ class NotPinned(KvmnegError):
     varlink = "org.kvmneg.Fence.NotPinned"
 
 
+class WrongState(KvmnegError):
+    """The fence is in a state from which this is not done: it names the state, and what is to be done before."""
+
+    exit_code = 1
+    varlink = "org.kvmneg.Fence.WrongState"
+
+
+class HostsMissing(KvmnegError):
+    """Hosts whose word is needed are not reachable, or were not measured since: each with the reason."""
+
+    exit_code = 1
+    varlink = "org.kvmneg.Fence.HostsMissing"
+
+
+class GuestsAbove(KvmnegError):
+    """Guests or outstanding contracts hold more than the level to be: each with what it has more."""
+
+    exit_code = 1
+    varlink = "org.kvmneg.Fence.GuestsAbove"
+
+
+class ReadOnly(KvmnegError):
+    """The last committed fence is served, and nothing is changed: its store cannot be written, or has no quorum."""
+
+    exit_code = 7
+    varlink = "org.kvmneg.ReadOnly"
+
+
 class NoKvm(KvmnegError):
     """KVM is missing, may not be opened, or is not the API this project knows."""
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvmneg import limits
+from kvmneg.errors import GuestsAbove
 from kvmneg.features import catalog as catalogs
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 # states of a holding, in the order in which an urgent lowering deals with them (kvmneg.policy.urgent)
 BEGUN, RUNNING, UNKNOWN, SUSPENDED, SAVED = "begun", "running", "unknown", "suspended", "saved"
@@ -77,3 +79,21 @@ def exceeding(granted: FeatureSet, level: FeatureSet, where: str) -> tuple[Block
     unnamed = set(catalogs.load(level.architecture).equal_words) - set(level.words)
     found = fits(granted, level, missing_on=where, cause="fence")
     return tuple(blocker for blocker in found if blocker.word not in unnamed)
+
+
+def require_none_above(
+    holdings: Iterable[Holding], level: FeatureSet, override: Collection[str] = ()
+) -> list[str]:
+    """The guests above a level that `override` names, sorted. Raises GuestsAbove where it does not name all."""
+    found = above(holdings, level)
+    unnamed = [one for one in found if one.holding.vm not in override]
+    if unnamed:
+        named = ", ".join(one.holding.vm for one in unnamed[:8])
+        more = f" and {len(unnamed) - 8} more" if len(unnamed) > 8 else ""
+        raise GuestsAbove(
+            f"guests hold more than that: {named}{more}",
+            hint="they keep it until they are cold-booted, moved away, or named to be passed over",
+            guests=[one.to_json() for one in unnamed[: limits.GUESTS_NAMED]],
+            count=len(unnamed),
+        )
+    return sorted({one.holding.vm for one in found})
