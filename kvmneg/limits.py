@@ -37,11 +37,8 @@ LEASES_PER_UID = 4096
 LEASES_FINISHED = 16384  # leases ended or expired that are kept for the record
 LEASE_UNSTARTED_SECONDS = 600.0  # a contract begun, held by no process and not started by then has expired
 HOLDERS_PER_LEASE = 2  # a VM monitor and the one that takes its VM over
-GRANTS = 16384  # contracts begun and not ended, all users
-GRANTS_PER_UID = 4096
-GRANTS_FINISHED = 16384  # grants ended or expired that are kept for the record
-GRANT_UNSTARTED_SECONDS = 600.0  # a contract begun and not started by then has expired
 GUESTS_NAMED = 1000  # guests in one refusal, plan or progress; the rest are counted
+FEATURES_NAMED = 16  # of each such guest, and in one audit record; the rest are counted
 PROPOSAL_SECONDS = 14 * 86400.0  # a raise that was proposed and not committed by then is aborted
 
 # files

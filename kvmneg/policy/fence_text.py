@@ -40,18 +40,39 @@ _HEADLINE = "# kvmneg fence: 1 may be granted, 0 is hidden, a word that is not n
 class Fence:
     """A feature set pinned at a generation. `digest` is that of the set, so equal fences have equal digests.
 
+    `floating`: nobody pinned it, it is the level that an unpinned host was at (kvmneg.policy.level).
     Raises Incompatible where the set is the meet of hosts that have no baseline.
     """
 
-    __slots__ = ("generation", "granted", "registers")
+    __slots__ = ("floating", "generation", "granted", "registers")
 
-    def __init__(self, granted: FeatureSet, generation: int = 0, *, registers: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        granted: FeatureSet,
+        generation: int = 0,
+        *,
+        registers: tuple[int, ...] = (),
+        floating: bool = False,
+    ) -> None:
         if granted.conflicts:
             blockers = [Blocker.of_conflict(conflict, "the pool") for conflict in granted.conflicts]
             raise Incompatible("there is no fence over hosts without a common baseline", blockers)
         self.granted = granted
         self.generation = generation
         self.registers = registers
+        self.floating = floating
+
+    @property
+    def name(self) -> str:
+        """What a refusal calls it."""
+        return "the level this host floats at" if self.floating else f"fence generation {self.generation}"
+
+    @property
+    def because(self) -> str:
+        """Why it hides what it does not name."""
+        if self.floating:
+            return "the host offers it by now, which raises no level by itself; `kvmneg fence unpin` does"
+        return "the host offers it, the pinned fence does not name it"
 
     @property
     def digest(self) -> str:

@@ -44,14 +44,16 @@ class Above(NamedTuple):
     blockers: tuple[Blocker, ...]
 
     def to_json(self) -> dict[str, object]:
-        """{"vm", "digest" or null, "state", "uid", "features": [name, …], "known"}."""
+        """{"vm", "digest" or null, "state", "uid", "features": the first names, "featureCount", "known"}."""
         holding = self.holding
+        names = sorted({blocker.feature for blocker in self.blockers})
         return {
             "vm": holding.vm,
             "digest": holding.digest or None,
             "state": holding.state,
             "uid": holding.uid,
-            "features": sorted({blocker.feature for blocker in self.blockers}),
+            "features": names[: limits.FEATURES_NAMED],
+            "featureCount": len(names),
             "known": holding.granted is not None,
         }
 

@@ -57,7 +57,7 @@ def _bounded(report: Report, fence: Fence | None, offer: FeatureSet) -> FeatureS
     found = below(report, fence)
     if found:
         raise Breached(
-            f"{report.host} no longer offers what fence generation {fence.generation} promises",
+            f"{report.host} no longer offers what {fence.name} promises",
             [reasons.unfit(blocker, report, "the fence") for blocker in found],
             hint="bring back what changed (kernel, microcode, module parameters), or pin a lower fence",
         )

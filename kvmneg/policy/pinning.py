@@ -40,6 +40,19 @@ def source(text: str, report: Report) -> FeatureSet:
     raise UsageError(wrong, hint=f"there are: {', '.join(SOURCES)}")
 
 
+def named(granted: FeatureSet, report: Report) -> FeatureSet:
+    """The set with this host's vendor where it leaves that open.
+
+    Raises UsageError where it is of another architecture, Incompatible where it is a study over several vendors.
+    """
+    if granted.architecture != report.architecture:
+        raise UsageError(f"the fence is of {granted.architecture}, this host is {report.architecture}")
+    Fence(granted)  # a set without a common vendor is no fence's, whatever it is called
+    catalog = catalogs.load(report.architecture)
+    vendor = {word: report.offer.words[word] for word in catalog.equal_words if word in report.offer.words}
+    return FeatureSet.of(report.architecture, {**vendor, **granted.words})
+
+
 def to_pin(granted: FeatureSet, report: Report) -> FeatureSet:
     """The set as it is pinned: a vendor that it leaves open is this host's.
 
@@ -47,10 +60,7 @@ def to_pin(granted: FeatureSet, report: Report) -> FeatureSet:
     host's CPUs were asked for, Incompatible where it is a study over several vendors.
     """
     coverage.require(report)
-    Fence(granted)  # a set without a common vendor is no fence's, whatever it is called
-    catalog = catalogs.load(report.architecture)
-    vendor = {word: report.offer.words[word] for word in catalog.equal_words if word in report.offer.words}
-    whole = FeatureSet.of(report.architecture, {**vendor, **granted.words})
+    whole = named(granted, report)
     where = f"host {report.host}"
     lacking = fits(whole, report.offer, missing_on=where)
     lacking = lacking and fits(whole, _reach(report), missing_on=where)

@@ -82,8 +82,8 @@ def refusal(khz: int, top: FeatureSet, report: Report, fence: Fence | None, want
         why = "" if scales else ", and it cannot scale: only its own rate, within KVM's tolerance"
         cause, because = "kvm", f"{khz} kHz is asked for, {report.host} gives {show(WORD, here)}{why}"
     elif fence is not None and not gives(fence.granted.value(WORD), khz):
-        where, cause = f"fence generation {fence.generation}", "fence"
-        because = f"{khz} kHz is asked for, the pinned fence holds {show(WORD, fence.granted.value(WORD))}"
+        where, cause = fence.name, "fence"
+        because = f"{khz} kHz is asked for, the fence holds {show(WORD, fence.granted.value(WORD))}"
     else:
         cause, because = "unknown", f"{khz} kHz is asked for, {show(WORD, top.value(WORD))} is left"
     return Blocker(FEATURE, WORD, None, wanted_by, where, cause, because)

@@ -146,8 +146,7 @@ def missing(
     elif feature.withheld:
         where, cause, because = "kvmneg", "policy", feature.withheld
     elif fence is not None and not given(feature, fence.granted, report):
-        where, cause = f"fence generation {fence.generation}", "fence"
-        because = "the host offers it, the pinned fence does not name it"
+        where, cause, because = fence.name, "fence", fence.because
     else:
         cause, because = "dependency", _unmet(feature, granted)
     bit = feature.shift if feature.width == 1 else None

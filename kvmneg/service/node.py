@@ -20,11 +20,11 @@ from kvmneg.errors import (
     UsageError,
 )
 from kvmneg.features.featureset import fits
-from kvmneg.policy import coverage, grade, negotiation, pinning
+from kvmneg.policy import grade, negotiation
 from kvmneg.policy.contract import Contract
-from kvmneg.policy.fence_text import Fence
 from kvmneg.service.leases import Leases
 from kvmneg.service.shares import Shares
+from kvmneg.service.standing import Standing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
             """Whether an input that changes without an event did (fresh: looked at just now)."""
 
 
-class Node:
+class Node(Standing):
     """One host under one fence. Not thread-safe: it belongs to the event loop."""
 
     def __init__(
@@ -64,27 +64,20 @@ class Node:
         boot: str = "",
         descriptors: Descriptors | None = None,
     ) -> None:
-        self.store = store
+        super().__init__(store, on_trouble)
         self.files = files
-        self.changed: list[Callable[[], None]] = []
         # by digest: the contract offered and the generation it was offered in
         self.offers: Shares[str, tuple[Contract, int, str | None]] = Shares()
         self._unrecorded = False  # the report is not in the store yet
-        self._on_trouble = on_trouble  # told what went wrong beside an answer that is right
         self._measurer = measurer
-        self._report: Report | None = None
         self._why_not: KvmnegError = NoKvm("not measured yet")
         # Wall time anchored once and counted on: a clock that is set does not move the leases' deadlines,
         # and time asleep counts.
         self._anchor = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        self._fence: Fence | None = None
-        self._fence_fault: StoreError | None = None
-        self._load_fence()
-        self.generation = store.generation()
         self._unknown: UnknownGuests | None = None
         self._boot = boot
         self.leases = Leases(
-            store.leases, files, boot=boot, wall=self._wall, on_trouble=on_trouble, descriptors=descriptors
+            store.leases, files, boot=boot, wall=self.wall, on_trouble=on_trouble, descriptors=descriptors
         )
         self.measure()
 
@@ -96,11 +89,15 @@ class Node:
         self._report, self._why_not = None, KvmnegError("an internal error while this host was measured")
         try:
             self._report = self._measurer.measure()
+            self.measurements += 1
         except KvmnegError as error:
             self._why_not = error
         finally:  # a fault of ours too leaves a host that is not measured, never an old report
             if (before and before.canonical()) != (self._report and self._report.canonical()):
                 self._unrecorded = True
+                self._low = None
+                self._record()
+                self.settle()
                 self._tell()
             self._record()
 
@@ -141,34 +138,11 @@ class Node:
         """The digest of the current report's combo, None while there is none."""
         return self._report.combo_digest() if self._report else None
 
-    @property
-    def fence_digest(self) -> str | None:
-        """The pinned fence's digest, None where none is pinned or it cannot be understood."""
-        return self._fence.digest if self._fence else None
-
-    @property
-    def fence(self) -> Fence | None:
-        """The pinned fence; raises StoreError where it cannot be understood: no fence is not what it means."""
-        if self._fence_fault is not None:
-            raise self._fence_fault
-        return self._fence
-
-    @property
-    def state(self) -> str:
-        """floating, pinned, breached (the host is below its fence), unmeasured (or not all its CPUs), or unreadable."""
-        if self._fence_fault is not None:
-            return "unreadable"
-        if self._report is None or coverage.unvisited(self._report):
-            return "unmeasured"
-        if self._fence is None:
-            return "floating"
-        return "breached" if negotiation.below(self._report, self._fence) else "pinned"
-
     # -- contracts --------------------------------------------------------------------------------
 
     def negotiate(self, request: Request, peer: Peer) -> Answer:
         """An offer of this generation; raises what kvmneg.policy.negotiation raises, NoKvm, KvmFault, StoreError."""
-        answer = negotiation.negotiate(request, self.report, self.fence)
+        answer = negotiation.negotiate(request, self.report, self.bound)
         offer = answer.contract, self.generation, request.vmm
         self.offers.put(answer.contract.digest, offer, peer.uid, limits.CACHED_OFFERS)
         return answer
@@ -204,7 +178,7 @@ class Node:
                 generation=self.generation,
             )
         # the ceiling again: it raises where the host fell below its fence since
-        top = negotiation.ceiling(self.report, self.fence, vmm)
+        top = negotiation.ceiling(self.report, self.bound, vmm)
         blockers = [
             *fits(contract.granted, top, missing_on=f"host {self.report.host}"),
             *negotiation.unreachable(contract.granted, self.report, "the contract"),
@@ -224,8 +198,12 @@ class Node:
         self.refresh()
         self._record()
         self.leases.expire()
+        if self.proposal == "raise":
+            from kvmneg.service import moves  # rarely
 
-    def _wall(self) -> float:
+            moves.expire(self)
+
+    def wall(self) -> float:
         return self._anchor + time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def _offer(self, digest: str) -> tuple[Contract, int, str | None]:
@@ -258,55 +236,19 @@ class Node:
     # -- the fence --------------------------------------------------------------------------------
 
     def pin(self, source: str | None, text: str | None, expected: int | None, audit: Audit) -> FenceRow:
-        """Pin a fence from a source ("host", "level:NAME", …) or a text; it must not exceed this host's offer.
+        """Pin a fence from a source ("host", "level:NAME", …) or a text: kvmneg.service.moves.pin."""
+        from kvmneg.service import moves  # of an admin's day
 
-        Raises UsageError, BadInput, Blocked (each feature that the host lacks), GenerationMismatch, StoreError.
-        """
-        self.refresh(fresh=True)
-        if (source is None) == (text is None):
-            raise UsageError("pin needs either a source or a text")
-        given = Fence.parse(text) if text is not None else None
-        granted = given.granted if given else pinning.source(source or "", self.report)
-        if granted.architecture != self.report.architecture:
-            raise UsageError(
-                f"the fence is of {granted.architecture}, this host is {self.report.architecture}"
-            )
-        registers = given.registers if given else self.report.registers
-        fence = Fence(pinning.to_pin(granted, self.report), registers=registers)
-        row = self.store.pin(fence.text(), fence.digest, expected_generation=expected, audit=audit)
-        self._moved(_fence_of(row), row.generation)
-        return row
+        return moves.pin(self, source, text, expected, audit)
 
     def unpin(self, expected: int | None, audit: Audit) -> int:
-        """Take the fence down. Raises NotPinned, GenerationMismatch, StoreError."""
-        generation = self.store.unpin(expected_generation=expected, audit=audit)
-        self._moved(None, generation)
-        return generation
+        """Take the fence down: kvmneg.service.moves.unpin."""
+        from kvmneg.service import moves  # as in pin
+
+        return moves.unpin(self, expected, audit)
 
     def history(self, limit: int) -> list[HistoryRow]:
         return self.store.history(min(limit, limits.HISTORY_ROWS))
-
-    def _load_fence(self) -> None:
-        try:
-            self._fence = _fence_of(self.store.fence())
-        except StoreError as error:
-            # One that was tampered with, or that this build's catalogue reads in another way: serve to say so, and
-            # to have it replaced. Any other fault of the store is no reason to serve.
-            if "generation" not in error.fields:
-                raise
-            self._fence_fault = error
-
-    def _moved(self, fence: Fence | None, generation: int) -> None:
-        self._fence, self.generation, self._fence_fault = fence, generation, None
-        self._tell()
-
-    def _tell(self) -> None:
-        for function in self.changed:
-            function()
-
-
-def _fence_of(row: FenceRow | None) -> Fence | None:
-    return Fence.parse(row.text, generation=row.generation, file="the pinned fence") if row else None
 
 
 def uuid(text: str) -> str:

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from typing import Literal, Protocol
 
     from kvmneg.store.leases import Leases
+    from kvmneg.store.levels import Levels
     from kvmneg.store.waivers import Waivers
 
-    FenceAction = Literal["pin", "unpin"]
+    FenceAction = Literal["pin", "unpin", "raise", "lower", "lower-abort"]
     LeaseState = Literal["begun", "started", "saved", "ended", "expired"]
     HolderKind = Literal["connection", "process"]
 
@@ -48,7 +49,7 @@ class FenceRow(NamedTuple):
 
 
 class HistoryRow(NamedTuple):
-    """One change of the fence. `digest` is that of the fence pinned, or of the one taken down by an unpin."""
+    """One change of the effective fence. `digest` is that of the fence now in force, or of the one taken down."""
 
     action: FenceAction
     generation: int
@@ -72,6 +73,41 @@ class AuditRow(NamedTuple):
     process: str
     reason: str
     detail: dict[str, Any]
+
+
+class LevelRow(NamedTuple):
+    """Where the level stands beside the fence: whether a breach is told, what is proposed ("", "raise", "lower").
+
+    `report` and `text` are what an unpinned pool remembers: the digest of the report that offers just its level ("" or
+    None where there is none), and the level as text, None where it is what that report's host offers.
+    """
+
+    breached: bool
+    proposal: str
+    report: str | None
+    text: str | None
+
+
+class ProposalRow(NamedTuple):
+    """An open proposal: "raise" or "lower", the fence to be, the generation whose fence it shall replace.
+
+    `generation` is the one it was opened at, `deadline` when it is aborted (seconds since 1970, None: never), `plan`
+    JSON: what a dry run said then, and the guests to follow.
+    """
+
+    kind: str
+    digest: str
+    text: str
+    base: int
+    generation: int
+    urgent: bool
+    at: str
+    deadline: float | None
+    uid: int
+    pid: int
+    process: str
+    reason: str
+    plan: str
 
 
 class Lease(NamedTuple):
@@ -144,14 +180,24 @@ if TYPE_CHECKING:
             None accepts any.
             """
 
-        def unpin(self, *, expected_generation: int | None, audit: Audit) -> int:
-            """Take the fence down and return the new generation. Raises GenerationMismatch or NotPinned."""
+        def unpin(self, *, expected_generation: int | None, audit: Audit, floating: bool = False) -> int:
+            """Take the fence down, float at what the latest report offers, and return the new generation.
+
+            Raises GenerationMismatch, and NotPinned where none is pinned, unless `floating` allows to float anew.
+            """
 
         def history(self, limit: int) -> list[HistoryRow]:
             """The last `limit` changes of the fence, newest first."""
 
         def audit(self, limit: int, *, before: int | None = None) -> list[AuditRow]:
             """The last `limit` rows of the audit, newest first; with `before` those below that number."""
+
+        def level(self) -> LevelRow:
+            """Where the level stands beside the fence."""
+
+        @property
+        def levels(self) -> Levels:
+            """The proposals, and what a pool that floats remembers."""
 
         @property
         def leases(self) -> Leases:

@@ -134,4 +134,37 @@ CREATE TABLE holders (
 CREATE INDEX holders_by_process ON holders (pid, started);
 """
 
-MIGRATIONS = (_FENCE_AND_GRANTS, _AUDIT, _WAIVERS, _LEASES)
+# Where the level stands beside the fence's history (kvmneg.store.levels). A pool that floats does so at what its latest
+# report offers. `step` tells what a pin was part of.
+_LEVELS = """
+ALTER TABLE fence_history ADD COLUMN step TEXT
+    CHECK (step IS NULL OR (action = 'pin' AND step IN ('raise', 'lower', 'lower-abort')));
+CREATE TABLE level (
+    id       INTEGER PRIMARY KEY CHECK (id = 1),
+    breached INTEGER NOT NULL DEFAULT 0, -- whether the last thing told was a breach
+    proposal TEXT NOT NULL DEFAULT '' CHECK (proposal IN ('', 'raise', 'lower')),
+    report   TEXT, -- of the level that floats
+    text     TEXT
+);
+INSERT INTO level (id, report) VALUES (1, (SELECT digest FROM reports ORDER BY seen DESC LIMIT 1));
+CREATE TRIGGER level_delete BEFORE DELETE ON level
+    BEGIN SELECT RAISE(ABORT, 'there is always one level'); END;
+CREATE TABLE proposals (
+    id         INTEGER PRIMARY KEY DEFAULT 1 CHECK (id = 1), -- one is open at a time
+    kind       TEXT NOT NULL CHECK (kind IN ('raise', 'lower')),
+    digest     TEXT NOT NULL,
+    text       TEXT NOT NULL,
+    base       INTEGER NOT NULL, -- the generation whose fence it shall replace
+    generation INTEGER NOT NULL, -- at which it was opened
+    urgent     INTEGER NOT NULL,
+    at         TEXT NOT NULL,
+    deadline   REAL CHECK ((kind = 'raise') = (deadline IS NOT NULL)),
+    uid        INTEGER NOT NULL,
+    pid        INTEGER NOT NULL,
+    process    TEXT NOT NULL,
+    reason     TEXT NOT NULL,
+    plan       TEXT NOT NULL -- JSON
+);
+"""
+
+MIGRATIONS = (_FENCE_AND_GRANTS, _AUDIT, _WAIVERS, _LEASES, _LEVELS)

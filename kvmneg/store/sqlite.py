@@ -14,7 +14,7 @@ from kvmneg.store import audit as audits
 from kvmneg.store import statedir
 from kvmneg.store.audit import storable
 from kvmneg.store.faults import translated
-from kvmneg.store.interface import FenceRow, HistoryRow, ReportRow
+from kvmneg.store.interface import FenceRow, HistoryRow, LevelRow, ReportRow
 from kvmneg.store.leases import Leases
 from kvmneg.store.schema import open_database
 from kvmneg.store.transactions import Database
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvmneg.store.interface import Audit, AuditRow, FenceAction, Store
+    from kvmneg.store.levels import Levels
     from kvmneg.store.waivers import Waivers
 
 _FENCE = "generation, digest, text, at, uid, pid, reason"
-_HISTORY = "action, generation, at, uid, pid, reason, digest, process"
+_HISTORY = "COALESCE(step, action), generation, at, uid, pid, reason, digest, process"
 _REPORT = "digest, combo_digest, at, body"
 
 
@@ -124,20 +125,27 @@ class SqliteStore:
                 f"{digest} is not the digest of the fence to pin"
             )  # a bug above, not a fault here
         with self._changing("pin the fence") as connection:
-            generation = _expect(connection, expected_generation) + 1
-            _append(connection, generation, "pin", (digest, text), audit)
+            generation = expect(connection, expected_generation) + 1
+            append(connection, generation, "pin", (digest, text), audit)
             audits.append(connection, "pin", generation, audit, {"digest": digest})
+            _close_proposal(connection)
         reason = storable(audit.reason)
         return FenceRow(generation, digest, text, audit.at, audit.uid, audit.pid, reason)
 
-    def unpin(self, *, expected_generation: int | None, audit: Audit) -> int:
+    def unpin(self, *, expected_generation: int | None, audit: Audit, floating: bool = False) -> int:
         with self._changing("unpin the fence") as connection:
-            generation = _expect(connection, expected_generation) + 1
+            generation = expect(connection, expected_generation) + 1
             row = _newest(connection)
-            if row is None or row[2] is None:
+            if not floating and (row is None or row[2] is None):
                 raise NotPinned("no fence is pinned")
-            _append(connection, generation, "unpin", (row[1], None), audit)
-            audits.append(connection, "unpin", generation, audit, {"digest": row[1]})
+            digest = row[1] if row else ""
+            append(connection, generation, "unpin", (digest, None), audit)
+            audits.append(connection, "unpin", generation, audit, {"digest": digest})
+            _close_proposal(connection)
+            # it floats anew, at what the host offers now
+            connection.execute(
+                "UPDATE level SET text = NULL, report = (SELECT digest FROM reports ORDER BY seen DESC LIMIT 1)"
+            )
         return generation
 
     def history(self, limit: int) -> list[HistoryRow]:
@@ -148,6 +156,19 @@ class SqliteStore:
     def audit(self, limit: int, *, before: int | None = None) -> list[AuditRow]:
         with self._reading("read the audit") as connection:
             return audits.rows(connection, limit, before=before)
+
+    def level(self) -> LevelRow:
+        with self._reading("read where the level stands") as connection:
+            breached, *rest = connection.execute(
+                "SELECT breached, proposal, report, text FROM level"
+            ).fetchone()
+        return LevelRow(bool(breached), *rest)
+
+    @property
+    def levels(self) -> Levels:
+        from kvmneg.store.levels import Levels  # where a level moves: a start does without it
+
+        return Levels(self._database)
 
     def waivers(self, boot: str) -> Waivers:
         """The unknown guests of this boot that an admin waived."""
@@ -168,6 +189,8 @@ class SqliteStore:
                     "ON CONFLICT (digest) DO UPDATE SET seen = excluded.seen",
                     (digest, combo_digest, at, body, seen + 1),
                 )
+                # the first host of all: what it offers is the level that floats
+                connection.execute("UPDATE level SET report = ? WHERE report IS NULL", (digest,))
 
     def latest_report(self) -> ReportRow | None:
         with self._reading("read the reports") as connection:
@@ -192,7 +215,7 @@ def _generation(connection: Connection) -> int:
     return int(row[0])
 
 
-def _expect(connection: Connection, expected: int | None) -> int:
+def expect(connection: Connection, expected: int | None) -> int:
     """The generation, if it is the expected one: the compare of compare-and-swap, inside the transaction."""
     actual = _generation(connection)
     if expected is not None and expected != actual:
@@ -202,15 +225,27 @@ def _expect(connection: Connection, expected: int | None) -> int:
     return actual
 
 
-def _append(
-    connection: Connection, generation: int, action: FenceAction, fence: tuple[str, str | None], audit: Audit
+def _close_proposal(connection: Connection) -> None:
+    """What was proposed was about another fence. Whether that is allowed is decided above."""
+    connection.execute("DELETE FROM proposals")
+    connection.execute("UPDATE level SET proposal = '', breached = 0")
+
+
+def append(
+    connection: Connection,
+    generation: int,
+    action: FenceAction,
+    fence: tuple[str, str | None],
+    audit: Audit,
+    *,
+    step: str | None = None,
 ) -> None:
-    """Write the next row of the history; `fence` is its digest and text."""
+    """Write the next row of the history; `fence` is its digest and text, `step` what a pin was part of."""
     who = (audit.uid, audit.pid, storable(audit.process), storable(audit.reason))
     connection.execute(
-        "INSERT INTO fence_history (generation, action, digest, text, at, uid, pid, process, reason) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (generation, action, *fence, audit.at, *who),
+        "INSERT INTO fence_history (generation, action, digest, text, at, uid, pid, process, reason, step) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (generation, action, *fence, audit.at, *who, step),
     )
 
 

@@ -23,7 +23,15 @@ def test_what_a_guest_has_more_is_named() -> None:
     level = _set(_FSGSBASE | _BMI1)
     found = above([_holding("a", _set(_FSGSBASE)), _holding("b", _set(_BMI1 | _SMEP))], level)
     assert [one.to_json() for one in found] == [
-        {"vm": "b", "digest": "sha256:…", "state": "running", "uid": 7, "features": ["smep"], "known": True}
+        {
+            "vm": "b",
+            "digest": "sha256:…",
+            "state": "running",
+            "uid": 7,
+            "features": ["smep"],
+            "featureCount": 1,
+            "known": True,
+        }
     ]
 
 

@@ -234,7 +234,7 @@ def test_a_generation_is_never_left_out(store: SqliteStore) -> None:
     for generation in (1, 3):
         with pytest.raises(sqlite3.IntegrityError):
             store._database.connection.execute(
-                "INSERT OR REPLACE INTO fence_history VALUES (?, 'pin', 'd', 't', 'at', 0, 0, 'p', 'r')",
+                "INSERT OR REPLACE INTO fence_history VALUES (?, 'pin', 'd', 't', 'at', 0, 0, 'p', 'r', NULL)",
                 (generation,),
             )
 

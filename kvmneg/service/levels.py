@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The node as a pool of one: its level as the state machine sees it, and what a measurement does to it.
+
+Nothing of this is needed on the way to a contract: the node imports it where a level moves, or a host changed.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kvmneg import limits
+from kvmneg.clock import now
+from kvmneg.errors import StoreError
+from kvmneg.features import words
+from kvmneg.features.featureset import FeatureSet
+from kvmneg.policy import coverage, leases, pooling
+from kvmneg.policy import vmm as vmms
+from kvmneg.policy.fence_text import Fence
+from kvmneg.policy.leases import Holding
+from kvmneg.policy.level import Level, Proposal, held_back
+from kvmneg.policy.members import MEMBER, Measured, Member
+from kvmneg.store.interface import Audit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from kvmneg.features.report import Report
+    from kvmneg.service.node import Node
+    from kvmneg.service.standing import Standing
+    from kvmneg.store.interface import LevelRow, ProposalRow, ReportRow
+
+
+UNSEEN = "unseen"  # the name of guests that the daemon could not look for
+
+
+def level(node: Standing) -> Level:
+    """Where the node stands. Raises StoreError where a stored fence cannot be read."""
+    row = node.store.levels.proposal() if node.proposal else None
+    fence, proposal = node.fence, None
+    if row is not None:
+        proposal = Proposal(row.kind, parsed(row), node.proposed_at, row.urgent)
+        base = node.store.past_fence(row.base)
+        if base is not None:
+            fence = Fence.parse(base.text, generation=base.generation, file="the fence to be replaced")
+    floor = node.floor
+    return Level(
+        node.generation,
+        fence,
+        floor.granted if floor is not None else None,
+        proposal,
+        (member(node),),
+        getattr(node, "stale", None) or "",
+    )
+
+
+def member(node: Standing) -> Member:
+    """This host as the one member; where it cannot be measured, with what it last offered, if that is known."""
+    report, fresh = node.last_report, True
+    if report is None:
+        last, fresh = node.store.latest_report(), False
+        report = opened(last) if last is not None else None
+    running = measured(report) if report is not None else None
+    if report is not None and coverage.unvisited(report):
+        fresh = False
+    return Member(
+        report.host if report is not None else "this host",
+        MEMBER,
+        running,
+        node.measurements,
+        fresh,
+        roll(node),
+        acknowledged=node.generation,
+    )
+
+
+def measured(report: Report) -> Measured:
+    """A report as the state machine takes it: what any VMM's guests may be given."""
+    name = str(report.combo.get("kernel") or report.combo_digest()[:19])
+    return Measured(report.combo_digest(), name, vmms.reach(report), report)
+
+
+def roll(node: Standing) -> tuple[Measured, ...]:
+    """The combos that the admin wants to return to."""
+    rolls = getattr(node.store, "rolls", None)
+    return () if rolls is None else tuple(measured(opened(row)) for row in rolls.reports())
+
+
+def opened(row: ReportRow) -> Report:
+    """A report as it was recorded. Raises StoreError."""
+    import zlib
+
+    from kvmneg.errors import BadInput
+    from kvmneg.features.report import Report
+
+    try:
+        return Report.loads(zlib.decompress(row.body), file=f"the recorded report {row.digest}")
+    except (zlib.error, BadInput) as error:
+        raise StoreError(f"the recorded report {row.digest} cannot be read: {error}") from error
+
+
+def parsed(row: ProposalRow) -> Fence:
+    """The fence that is proposed. Raises StoreError where this build reads it in another way."""
+    fence = Fence.parse(row.text, generation=row.generation, file="the proposed fence")
+    if fence.digest != row.digest:
+        raise StoreError(
+            "the proposed fence is not the one that was proposed", hint="abort it, and propose again"
+        )
+    return fence
+
+
+def holdings(node: Node) -> list[Holding]:
+    """Every guest and every outstanding contract, and the VMs of this machine that nobody negotiated for.
+
+    Of a report that was not measured here, these are none of its guests. What could not be looked for is one more.
+    """
+    report = node.last_report
+    if report is None or report.measured.get("source") != "kvm":
+        return node.leases.holdings()
+    unknown = [
+        Holding(one.called.get("uuid") or f"pid {one.process.pid}", "", None, leases.UNKNOWN, one.process.uid)
+        for one in node.unknown.blocking()
+    ]
+    unseen = [Holding(UNSEEN, "", None, leases.UNKNOWN, 0)] if node.unknown.missed() else []
+    return [*node.leases.holdings(), *unknown, *unseen]
+
+
+def daemon_audit(reason: str) -> Audit:
+    """The daemon's own hand."""
+    return Audit(os.geteuid(), os.getpid(), now(), reason, "kvmnegd")
+
+
+# -- what a measurement does --------------------------------------------------------------------------
+
+
+def settle(node: Standing, report: Report, *, roll_changed: bool = False) -> None:
+    """Let the level follow a measurement: a fence is breached or whole again, a level that floats falls.
+
+    `roll_changed`: it is the roll-back set that changed, which bounds a level that floats too.
+    Raises StoreError where that cannot be recorded; what new guests may have is right all the same.
+    """
+    if node.fence is not None:
+        _judge(node, report)
+    else:
+        _float(node, report, roll_changed)
+
+
+def _judge(node: Standing, report: Report) -> None:
+    low = node.below
+    names = list(dict.fromkeys(one.feature for one in low))
+    detail = {
+        "host": report.host,
+        "combo": report.combo_digest(),
+        "features": names[: limits.FEATURES_NAMED],
+        "count": len(names),
+    }
+    node.tell_trouble(
+        f"{report.host} offers less than fence generation {node.generation} promises: {', '.join(names[:8])}"
+        if low
+        else f"{report.host} offers again what fence generation {node.generation} promises"
+    )
+    node.store.levels.breached(bool(low), detail, daemon_audit("a measurement"))
+
+
+def _float(node: Standing, report: Report, roll_changed: bool) -> None:
+    """E stays where it was, or falls to what the host offers now; where the host offers just E, nothing is bounded."""
+    row = node.store.level()
+    before = _remembered(node, row)
+    if before is None or (row.report == report.digest() and not roll_changed):
+        node.floats(None)
+        return
+    running = measured(report)
+    host = Member(report.host, MEMBER, running, fresh=True, roll=roll(node))
+    step = pooling.measured(Level(node.generation, floor=before, members=(host,)), report.host, running, 1)
+    found, action = step.level.floor or before, step.action
+    if report.architecture == words.ARM64:
+        found, action = _shown(found, report, action)
+    same = not held_back(step.level._replace(floor=found, members=(host._replace(roll=()),)))
+    node.floats(None if same else Fence(found, node.generation, floating=True))
+    if action or same:
+        digest = report.digest() if same else ""
+        told: dict[str, Any] = {**step.detail, "before": before.digest(), "digest": found.digest()}
+        audit = daemon_audit("a measurement")
+        node.store.levels.floats_at(digest, Fence(found).text(), action, detail=told, audit=audit)
+
+
+def _remembered(node: Standing, row: LevelRow) -> FeatureSet | None:
+    """The level that floats, None where none is recorded yet: it is what the host offers."""
+    if row.text is not None:
+        return Fence.parse(row.text, file="the level that floats").granted
+    recorded = node.store.report(row.report) if row.report else None
+    return vmms.reach(opened(recorded)) if recorded is not None else None
+
+
+def _shown(level: FeatureSet, report: Report, action: str) -> tuple[FeatureSet, str]:
+    """arm64: a level that floats has what this kernel cannot hide. No guest could be told anything else."""
+    from kvmneg.features import catalog as catalogs
+    from kvmneg.policy import levelling
+
+    stuck = levelling.unreachable(level, report, "the level")
+    if not stuck:
+        return level, action
+    names, found = catalogs.names(words.ARM64).by_name, dict(level.words)
+    for blocker in stuck:
+        feature = names[blocker.feature]
+        own = report.offer.value(feature.word) & feature.mask
+        found[feature.word] = found.get(feature.word, level.value(feature.word)) & ~feature.mask | own
+    risen = FeatureSet.of(words.ARM64, found)
+    if levelling.unreachable(risen, report, "the level"):
+        risen = vmms.reach(report)
+    return risen, "level-shown"

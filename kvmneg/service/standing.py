@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where a host stands: under which fence, in which state, and what bounds its new guests.
+
+What moves it is kvmneg.service.levels (a measurement) and kvmneg.service.moves (an admin); they are imported when it
+moves, and not on the way to a contract.
+"""
+
+from __future__ import annotations
+
+from kvmneg.errors import StoreError
+from kvmneg.policy import coverage, negotiation
+from kvmneg.policy.fence_text import Fence
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmneg.features.difference import Blocker
+    from kvmneg.features.report import Report
+    from kvmneg.store.interface import FenceRow, Store
+
+_STATES = {"": "pinned", "raise": "raising", "lower": "lowering"}
+
+
+class Standing:
+    """The fence's side of a node. `generation` is the fence's, `proposal` "raise", "lower" or "".
+
+    `floor` bounds new guests of a host that floats and by now offers more; `changed` is called with every change.
+    """
+
+    def __init__(self, store: Store, on_trouble: Callable[[str], None]) -> None:
+        self.store = store
+        self.changed: list[Callable[[], None]] = []
+        self._on_trouble = on_trouble  # told what went wrong beside an answer that is right
+        self._report: Report | None = None
+        self._fence: Fence | None = None
+        self._fence_fault: StoreError | None = None
+        self._low: tuple[Blocker, ...] | None = (
+            None  # by what the host is below its fence, where that is known
+        )
+        self._load_fence()
+        self.generation = store.generation()
+        self.floor: Fence | None = None
+        self._row = store.level()
+        self.proposal = self._row.proposal
+        self.proposed_at = 0  # the number of measurements when that was proposed
+        self.measurements = 0
+
+    def _load_fence(self) -> None:
+        try:
+            self._fence = _fence_of(self.store.fence())
+        except StoreError as error:
+            # One that was tampered with, or that this build's catalogue reads in another way: serve to say so, and
+            # to have it replaced. Any other fault of the store is no reason to serve.
+            if "generation" not in error.fields:
+                raise
+            self._fence_fault = error
+
+    @property
+    def last_report(self) -> Report | None:
+        """The current report, None where this host cannot be measured."""
+        return self._report
+
+    @property
+    def fence_digest(self) -> str | None:
+        """The pinned fence's digest, None where none is pinned or it cannot be understood."""
+        return self._fence.digest if self._fence else None
+
+    @property
+    def fence(self) -> Fence | None:
+        """The pinned fence; raises StoreError where it cannot be understood: no fence is not what it means."""
+        if self._fence_fault is not None:
+            raise self._fence_fault
+        return self._fence
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether the stored fence cannot be understood: `fence` raises why."""
+        return self._fence_fault is not None
+
+    @property
+    def bound(self) -> Fence | None:
+        """What bounds new guests beside the host itself: the fence, or the level that floats below what it offers."""
+        return self.fence or self.floor
+
+    @property
+    def below(self) -> tuple[Blocker, ...]:
+        """What the fence promises and the host, which was measured, does not offer."""
+        if self._low is None:
+            fence, report = self._fence, self._report
+            self._low = negotiation.below(report, fence) if fence and report else ()
+        return self._low
+
+    @property
+    def state(self) -> str:
+        """floating, pinned, raising, lowering; breached (below its fence), unmeasured (or not all CPUs), unreadable."""
+        if self._fence_fault is not None:
+            return "unreadable"
+        if self._report is None or coverage.unvisited(self._report):
+            return "unmeasured"
+        if self._fence is None:
+            return "floating"
+        return "breached" if self.below else _STATES[self.proposal]
+
+    def moved(self, fence: Fence | None, generation: int, proposal: str = "") -> None:
+        """The store has another fence, or another proposal."""
+        self._fence, self.generation, self._fence_fault = fence, generation, None
+        self.proposal, self.proposed_at = proposal, self.measurements
+        self.floor = self._low = None
+        self._row = self.store.level()
+        self.settle()
+        self._tell()
+
+    def floats(self, floor: Fence | None) -> None:
+        """What bounds new guests while no fence is pinned; None: nothing but the host."""
+        self.floor = floor
+
+    def settle(self) -> None:
+        """What a measurement does to the level: most often nothing, and then nothing more is imported."""
+        report = self._report
+        if report is None or self._fence_fault is not None or coverage.unvisited(report):
+            return
+        if self._fence is None:
+            self.floor, moves = None, self._row.report not in (None, report.digest())
+        else:
+            moves = bool(self.below) != self._row.breached
+        if moves:
+            from kvmneg.service import levels  # a host that changed
+
+            try:
+                levels.settle(self, report)
+            except StoreError as error:
+                self._on_trouble(str(error))
+        self._row = self.store.level()
+
+    def tell_trouble(self, text: str) -> None:
+        """Tell who runs the daemon."""
+        self._on_trouble(text)
+
+    def _tell(self) -> None:
+        for function in self.changed:
+            function()
+
+
+def _fence_of(row: FenceRow | None) -> Fence | None:
+    return Fence.parse(row.text, generation=row.generation, file="the pinned fence") if row else None
