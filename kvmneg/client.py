@@ -20,6 +20,7 @@ import struct
 import time
 
 from kvmneg import errors, limits
+from kvmneg.client_fence import FenceCalls, given
 from kvmneg.client_guests import GuestCalls
 
 TYPE_CHECKING = False
@@ -39,7 +40,7 @@ _EXIT_CODES = {
 }
 
 
-class Client(GuestCalls):
+class Client(FenceCalls, GuestCalls):
     """One connection, made with the first call. Not for several threads at once.
 
     After a failure of the connection (Unreachable) the next call makes a new one; no call is ever sent twice.
@@ -88,15 +89,15 @@ class Client(GuestCalls):
 
         With `hold` the contract is kept while this connection is open, with `pid` while that process lives.
         """
-        return self.call("org.kvmneg.Begin", _given(digest=digest, vm=vm, hold=hold, pid=pid))
+        return self.call("org.kvmneg.Begin", given(digest=digest, vm=vm, hold=hold, pid=pid))
 
     def started(self, vm: str, *, incarnation: int | None = None) -> None:
         """The VM runs. Raises UsageError where it holds no contract, NotPermitted."""
-        self.call("org.kvmneg.Started", _given(vm=vm, incarnation=incarnation))
+        self.call("org.kvmneg.Started", given(vm=vm, incarnation=incarnation))
 
     def end(self, vm: str, *, incarnation: int | None = None) -> None:
         """The VM is gone. Raises UsageError where it holds no contract, NotPermitted."""
-        self.call("org.kvmneg.End", _given(vm=vm, incarnation=incarnation))
+        self.call("org.kvmneg.End", given(vm=vm, incarnation=incarnation))
 
     def check(
         self, request: Mapping[str, Any] | None = None, *, digest: str | None = None, vmm: str | None = None
@@ -105,8 +106,8 @@ class Client(GuestCalls):
 
         `vmm` goes with a digest; a request names its own.
         """
-        given = None if request is None else dict(request)
-        return self.call("org.kvmneg.Check", _given(request=given, digest=digest, vmm=vmm))
+        asked = None if request is None else dict(request)
+        return self.call("org.kvmneg.Check", given(request=asked, digest=digest, vmm=vmm))
 
     def get_contract(self, digest: str) -> dict[str, Any]:
         """contract, path, state. Raises NoSuchContract."""
@@ -115,37 +116,6 @@ class Client(GuestCalls):
     def watch(self) -> Iterator[dict[str, Any]]:
         """The state now and with every change: generation, fenceDigest, state, hostDigest. Waits without a limit."""
         return self.call_more("org.kvmneg.Watch")
-
-    # --- org.kvmneg.Fence
-
-    def fence_get(self) -> dict[str, Any]:
-        """pinned, generation, digest, text, state."""
-        return self.call("org.kvmneg.Fence.Get")
-
-    def fence_pin(
-        self,
-        reason: str,
-        *,
-        source: str | None = None,
-        text: str | None = None,
-        expected_generation: int | None = None,
-    ) -> dict[str, Any]:
-        """generation, digest, text of the new fence, from `source` ("host", "level:NAME", …) or a fence's text.
-
-        Raises NotPermitted, Blocked, BadInput, GenerationMismatch, StoreError.
-        """
-        given = _given(text=text, reason=reason, expectedGeneration=expected_generation)
-        return self.call("org.kvmneg.Fence.Pin", given if source is None else {"from": source, **given})
-
-    def fence_unpin(self, reason: str, *, expected_generation: int | None = None) -> dict[str, Any]:
-        """generation. Raises NotPermitted, NotPinned, GenerationMismatch, StoreError."""
-        return self.call(
-            "org.kvmneg.Fence.Unpin", _given(reason=reason, expectedGeneration=expected_generation)
-        )
-
-    def fence_history(self, limit: int | None = None) -> dict[str, Any]:
-        """entries, the newest first: generation, action, at, uid, pid, reason, digest."""
-        return self.call("org.kvmneg.Fence.History", _given(limit=limit))
 
     # --- org.varlink.service
 
@@ -290,11 +260,6 @@ def _may_be_socket(path: str) -> bool:
         return True  # gone meanwhile
     except OSError:
         return False
-
-
-def _given(**parameters: Any) -> dict[str, Any]:
-    """The parameters that are not null."""
-    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def _refusal(name: str, parameters: dict[str, Any]) -> errors.KvmnegError:

@@ -39,6 +39,8 @@ LEASE_UNSTARTED_SECONDS = 600.0  # a contract begun, held by no process and not 
 HOLDERS_PER_LEASE = 2  # a VM monitor and the one that takes its VM over
 GUESTS_NAMED = 1000  # guests in one refusal, plan or progress; the rest are counted
 FEATURES_NAMED = 16  # of each such guest, and in one audit record; the rest are counted
+CONSENTS = 256  # combos that one commit lets leave the roll-back set
+OVERRIDES = 1024  # guests that one commit passes over
 PROPOSAL_SECONDS = 14 * 86400.0  # a raise that was proposed and not committed by then is aborted
 
 # files

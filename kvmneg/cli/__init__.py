@@ -31,7 +31,7 @@ COMMANDS = {
     "check": ("check", "may a guest with these features, or this contract, come to this host?"),
     "baseline": ("baseline", "what all hosts of a pool offer, and who holds what back"),
     "compare": ("compare", "what differs between two reports, contracts or fences"),
-    "fence": ("fence", "show, pin or take down the fence; its history"),
+    "fence": ("fence", "show, plan, pin, raise, lower or take down the fence; its history"),
     "contract": ("contract", "show a contract by its digest"),
     "vm": ("vm", "take an offer for a VM; say that the VM runs, is saved, moves, or is gone"),
     "guests": ("guests", "what the guests of this host hold; take an unknown one on, or waive it"),
@@ -180,6 +180,12 @@ def _explain(error: KvmnegError) -> None:
     screen = Screen(sys.stderr)
     screen.line(f"kvmneg: {error.message}")
     screen.blockers(getattr(error, "blockers", ()))
+    for row in error.fields.get("hosts") or ():
+        screen.words("", f"{row['host']}: {row['because']}".split(" "), column=2)
+    if error.fields.get("guests"):
+        from kvmneg.cli.fence_levels import guest_cells
+
+        screen.table([guest_cells(row) for row in error.fields["guests"]])
     if error.hint:
         screen.line(screen.dim(f"  {error.hint}"))
 

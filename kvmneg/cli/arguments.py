@@ -97,12 +97,12 @@ def number(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
     """A list of names from one argument: commas between them."""
-    names = [name.strip() for name in utf8(text).split(",")]
-    if not any(names):
+    found = [name.strip() for name in utf8(text).split(",")]
+    if not any(found):
         raise argparse.ArgumentTypeError("it names no feature; leave the option out to ask for none")
-    return [name for name in names if name]
+    return [name for name in found if name]
 
 
 def add_request(parser: Parser) -> None:
@@ -111,12 +111,12 @@ def add_request(parser: Parser) -> None:
     group.add_argument("--max", action="store_true", help="everything that host and fence allow")
     group.add_argument("--level", metavar="NAME", help="a psABI level and what a guest boots with: x86-64-v2")
     group.add_argument(
-        "--require", metavar="F,…", type=_names, action="extend", default=[], help="features it must have"
+        "--require", metavar="F,…", type=names, action="extend", default=[], help="features it must have"
     )
     group.add_argument(
         "--optional",
         metavar="F,…",
-        type=_names,
+        type=names,
         action="extend",
         default=[],
         help="features if there are any",
@@ -124,7 +124,7 @@ def add_request(parser: Parser) -> None:
     group.add_argument(
         "--exact",
         metavar="F,…",
-        type=_names,
+        type=names,
         action="extend",
         default=None,
         help="these features, nothing else",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""kvmneg fence show|pin|unpin|history: the allow-list that no contract of this host exceeds."""
+"""kvmneg fence: the allow-list that no contract of this host exceeds, and how it moves."""
 
 from __future__ import annotations
 
@@ -18,74 +18,122 @@ _NAMED = ("host", "baseline")
 _PREFIXED = ("level:", "platform:")
 
 
+# verb: what it does. Those that have no function here are kvmneg.cli.fence_levels'.
+_VERBS = {
+    "show": "the fence as text, and why each feature that guests do not get is absent",
+    "plan": "what a level would change, who stands in the way, which guests would stay above",
+    "pin": "pin a fence",
+    "raise": "propose a higher fence: in force once it is committed",
+    "lower": "propose a lower fence: in force for new guests at once",
+    "commit": "bring what is proposed to its end",
+    "abort": "drop what is proposed",
+    "unpin": "take the fence down; without one, float at what the host offers now",
+    "emergency": "lower at once, and follow the guests that must be cold-booted",
+    "history": "who changed it, when, and why",
+}
+
+
 def options(parser: Parser) -> None:
     """One parser a verb; each has the options of every command too."""
     from argparse import SUPPRESS
 
-    from kvmneg import limits
-    from kvmneg.cli.arguments import file_name, number, utf8
+    from kvmneg.cli.arguments import file_name
 
-    verbs = parser.add_subparsers(metavar="show|pin|unpin|history", required=True)
-    for name, function, what in (
-        ("show", _show, "the pinned fence as text"),
-        ("pin", _pin, "pin a fence"),
-        ("unpin", _unpin, "take the fence down"),
-        ("history", _history, "who changed it, when, and why"),
-    ):
+    functions = {"show": _show, "pin": _pin, "unpin": _unpin, "history": _history}
+    verbs = parser.add_subparsers(metavar="|".join(_VERBS), required=True)
+    for name, what in _VERBS.items():
         verb = verbs.add_parser(name, help=what, description=what, prog=f"kvmneg fence {name}")
         # given before the verb they hold too: a default here would overwrite them
         verb.add_argument("--json", action="store_true", default=SUPPRESS, help="print JSON")
         verb.add_argument(
             "--socket", metavar="PATH", type=file_name, default=SUPPRESS, help="the daemon's socket"
         )
-        verb.set_defaults(run=function)
-        if name == "pin":
-            help_text = "host, baseline, level:NAME, platform:NAME, or a file: a fence, a report, a contract"
-            verb.add_argument(
-                "--from", dest="source", metavar="SOURCE", type=file_name, required=True, help=help_text
+        verb.set_defaults(run=functions.get(name, _level), verb=name)
+        _options_of(name, verb)
+
+
+def _options_of(name: str, verb: argparse.ArgumentParser) -> None:
+    from kvmneg import limits
+    from kvmneg.cli.arguments import file_name, names, number, utf8
+
+    if name in ("pin", "plan", "raise", "lower", "emergency"):
+        one = verb.add_mutually_exclusive_group(required=name in ("pin", "raise", "lower"))
+        help_text = "host, baseline, level:NAME, platform:NAME, or a file: a fence, a report, a contract"
+        one.add_argument("--from", dest="source", metavar="SOURCE", type=file_name, help=help_text)
+        if name not in ("pin", "raise"):
+            one.add_argument(
+                "--without", metavar="F,…", type=names, default=[], help="what is in force, without these"
             )
-        if name in ("pin", "unpin"):
-            verb.add_argument(
-                "--reason", metavar="TEXT", type=utf8, required=True, help="why, for the history"
-            )
-            expected = "only if the fence is at this generation"
-            verb.add_argument("--expected-generation", metavar="N", type=number(0, 2**63 - 1), help=expected)
-        if name == "history":
-            rows = number(1, limits.HISTORY_ROWS)
-            verb.add_argument("--limit", metavar="N", type=rows, default=20, help="the newest N changes (20)")
+    if name not in ("show", "plan", "history"):
+        told = "why, for the history" if name != "emergency" else "why; without one, show how far it is"
+        verb.add_argument("--reason", metavar="TEXT", type=utf8, required=name != "emergency", help=told)
+        expected = "only if the fence is at this generation"
+        verb.add_argument("--expected-generation", metavar="N", type=number(0, 2**63 - 1), help=expected)
+        verb.add_argument("--dry-run", action="store_true", help="change nothing, say what would come of it")
+    if name == "commit":
+        verb.add_argument(
+            "--consent", metavar="COMBO", action="append", help="a combo that may leave the roll-back set"
+        )
+        verb.add_argument(
+            "--override", metavar="VM", action="append", help="a guest above that may stay there"
+        )
+    if name == "show":
+        verb.add_argument("--absent", action="store_true", help="name every absent feature, by who lacks it")
+    if name == "history":
+        rows = number(1, limits.HISTORY_ROWS)
+        verb.add_argument("--limit", metavar="N", type=rows, default=20, help="the newest N changes (20)")
+
+
+def _level(arguments: argparse.Namespace) -> int:
+    from kvmneg.cli import fence_levels
+
+    return fence_levels.run(arguments)
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    from kvmneg.cli import fence_absent
+
     fence = sources.snake(sources.call(arguments, "org.kvmneg.Fence.Get"))
+    groups = fence_absent.groups(arguments, fence)
     if arguments.json:
-        print_json(fence)
+        print_json({**fence, "absent": fence_absent.rows(groups)} if arguments.absent else fence)
         return 0
     screen = Screen(sys.stderr)  # standard output carries the text alone: it can be edited and pinned again
-    if not fence.get("pinned"):
-        screen.line(f"no fence is pinned; generation {fence['generation']}, {fence.get('state', 'floating')}")
-        return 0
-    state = fence.get("state", "pinned")
-    screen.line(f"generation {fence['generation']}, {state}, {fence['digest']}")
-    sys.stdout.write(fence["text"])
+    state = fence.get("state", "floating")
+    if fence.get("pinned"):
+        screen.line(f"generation {fence['generation']}, {state}, {fence['digest']}")
+        sys.stdout.write(fence["text"])
+        sys.stdout.flush()
+    else:
+        screen.line(f"no fence is pinned; generation {fence['generation']}, {state}")
+    if fence.get("proposal"):
+        screen.line(f"it is proposed to {fence['proposal']} it: see `kvmneg fence plan`")
+    if fence.get("held_back"):
+        screen.paragraph(
+            "the host offers more by now than the level it floats at; `kvmneg fence unpin` lets that rise"
+        )
+    fence_absent.tell(screen, groups, every=arguments.absent)
     return 0
 
 
 def _pin(arguments: argparse.Namespace) -> int:
-    source, text = _source(arguments.source)
+    source, text = source_of(arguments.source)
     answer = sources.call(
         arguments,
         "org.kvmneg.Fence.Pin",
         **{"from": source, "text": text, "reason": arguments.reason},
         expectedGeneration=arguments.expected_generation,
+        dryRun=arguments.dry_run or None,
     )
     if arguments.json:
         print_json(sources.snake(answer))
     else:
-        Screen().line(f"pinned: generation {answer['generation']}, {answer['digest']}")
+        done = "it would be pinned" if arguments.dry_run else "pinned"
+        Screen().line(f"{done}: generation {answer['generation']}, {answer['digest']}")
     return 0
 
 
-def _source(source: str) -> tuple[str | None, str | None]:
+def source_of(source: str) -> tuple[str | None, str | None]:
     """(what the daemon resolves, None), or (None, the text of a file). Raises BadInput, UsageError."""
     if source in _NAMED or source.startswith(_PREFIXED):
         return source, None
@@ -104,11 +152,13 @@ def _unpin(arguments: argparse.Namespace) -> int:
         "org.kvmneg.Fence.Unpin",
         reason=arguments.reason,
         expectedGeneration=arguments.expected_generation,
+        dryRun=arguments.dry_run or None,
     )
     if arguments.json:
         print_json(sources.snake(answer))
     else:
-        Screen().line(f"no fence is pinned any more: generation {answer['generation']}")
+        done = "no fence would be pinned" if arguments.dry_run else "no fence is pinned any more"
+        Screen().line(f"{done}: generation {answer['generation']}")
     return 0
 
 

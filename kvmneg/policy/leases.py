@@ -44,7 +44,7 @@ class Above(NamedTuple):
     blockers: tuple[Blocker, ...]
 
     def to_json(self) -> dict[str, object]:
-        """{"vm", "digest" or null, "state", "uid", "features": the first names, "featureCount", "known"}."""
+        """{"vm", "digest" or null, "state", "uid", "features": the first names, "count", "known"}."""
         holding = self.holding
         names = sorted({blocker.feature for blocker in self.blockers})
         return {
@@ -53,7 +53,7 @@ class Above(NamedTuple):
             "state": holding.state,
             "uid": holding.uid,
             "features": names[: limits.FEATURES_NAMED],
-            "featureCount": len(names),
+            "count": len(names),
             "known": holding.granted is not None,
         }
 

@@ -8,6 +8,7 @@ parameters. It raises KvmnegError, which becomes the error reply.
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from kvmneg import limits
 from kvmneg.clock import now
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 CACHEABLE = frozenset(("org.kvmneg.GetHost", "org.kvmneg.Negotiate", "org.kvmneg.Check"))
 
 
+# Methods of org.kvmneg.Fence that move the level, or say what would: kvmneg.service.interfaces_levels.
+_MOVES = ("Pin", "Unpin", "Plan", "Raise", "Lower", "Emergency", "Commit", "Abort", "Progress")
+
+
 class Interfaces:
     """The methods of one node."""
 
@@ -54,9 +59,8 @@ class Interfaces:
             "org.kvmneg.Check": self._check,
             "org.kvmneg.GetContract": self._get_contract,
             "org.kvmneg.Fence.Get": self._fence_get,
-            "org.kvmneg.Fence.Pin": self._fence_pin,
-            "org.kvmneg.Fence.Unpin": self._fence_unpin,
             "org.kvmneg.Fence.History": self._fence_history,
+            **{f"org.kvmneg.Fence.{name}": partial(self._move, name) for name in _MOVES},
         }
 
     def event(self) -> dict[str, Any]:
@@ -89,7 +93,7 @@ class Interfaces:
             "digest": answer.contract.digest,
             "generation": self._node.generation,
             "notGranted": [blocker.to_varlink() for blocker in answer.not_granted],
-            "scope": self._scope(self._node.fence is not None),
+            "scope": self._scope(self._node.bound is not None),
         }
 
     def _begin(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +136,7 @@ class Interfaces:
             contract, blockers = self._judge(Request.from_json(parameters["request"]))
         graded = grade.of(contract.granted, self._node.report) if contract and not blockers else None
         rows = [blocker.to_varlink() for blocker in blockers]
-        judged = self._scope("request" in parameters and self._node.fence is not None)
+        judged = self._scope("request" in parameters and self._node.bound is not None)
         return {"fits": not rows, "blockers": rows, "grade": graded, "scope": judged}
 
     def _scope(self, fenced: bool) -> list[str]:
@@ -142,7 +146,7 @@ class Interfaces:
 
     def _judge(self, request: Request) -> tuple[Contract | None, tuple[Blocker, ...]]:
         try:
-            return negotiation.check_request(request, self._node.report, self._node.fence).contract, ()
+            return negotiation.check_request(request, self._node.report, self._node.bound).contract, ()
         except Blocked as no:
             return None, no.blockers
 
@@ -161,17 +165,14 @@ class Interfaces:
             "digest": fence.digest if fence else None,
             "text": fence.text() if fence else None,
             "state": self._node.state,
+            "heldBack": self._node.floor is not None,
+            "proposal": self._node.proposal or None,
         }
 
-    def _fence_pin(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
-        record = audit(connection, "pin a fence", parameters["reason"])
-        source, text = parameters.get("from"), parameters.get("text")
-        row = self._node.pin(source, text, parameters.get("expectedGeneration"), record)
-        return {"generation": row.generation, "digest": row.digest, "text": row.text}
+    def _move(self, name: str, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        from kvmneg.service import interfaces_levels  # of an admin's day: not before the first of them
 
-    def _fence_unpin(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
-        record = audit(connection, "unpin the fence", parameters["reason"])
-        return {"generation": self._node.unpin(parameters.get("expectedGeneration"), record)}
+        return interfaces_levels.call(self._node, name, connection, parameters)
 
     def _fence_history(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
         limit = parameters.get("limit")

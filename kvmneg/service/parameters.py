@@ -28,6 +28,10 @@ TYPES: dict[str, dict[str, str]] = {
     },
 }
 
+# What moves of the fence have in common: how a level is named, and the rest.
+_LEVEL = {"from": "?string", "text": "?string", "without": "?[]string"}
+_MOVE = {"reason": "string", "expectedGeneration": "?int", "dryRun": "?bool"}
+
 # Interface → method → parameter → type.
 METHODS: dict[str, dict[str, dict[str, str]]] = {
     "org.varlink.service": {"GetInfo": {}, "GetInterfaceDescription": {"interface": "string"}},
@@ -53,9 +57,16 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
     },
     "org.kvmneg.Fence": {
         "Get": {},
-        "Pin": {"from": "?string", "text": "?string", "reason": "string", "expectedGeneration": "?int"},
-        "Unpin": {"reason": "string", "expectedGeneration": "?int"},
+        "Pin": {"from": "?string", "text": "?string", **_MOVE},
+        "Unpin": _MOVE,
         "History": {"limit": "?int"},
+        "Plan": _LEVEL,
+        "Raise": {"from": "?string", "text": "?string", **_MOVE},
+        "Lower": {**_LEVEL, **_MOVE},
+        "Emergency": {**_LEVEL, **_MOVE},
+        "Commit": {"consent": "?[]string", "override": "?[]string", **_MOVE},
+        "Abort": _MOVE,
+        "Progress": {},
     },
 }
 

@@ -100,6 +100,10 @@ def test_every_error_is_declared():
         errors.UsageError("no", feature="x", base="y"),
         errors.GenerationMismatch("no", expected=1, actual=2),
         errors.NotPinned("no"),
+        errors.WrongState("no", state="pinned"),
+        errors.HostsMissing("no", hosts=[]),
+        errors.GuestsAbove("no", guests=[], count=1),
+        errors.ReadOnly("no"),
     ],
     ids=lambda error: type(error).__name__,
 )

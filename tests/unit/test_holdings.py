@@ -29,7 +29,7 @@ def test_what_a_guest_has_more_is_named() -> None:
             "state": "running",
             "uid": 7,
             "features": ["smep"],
-            "featureCount": 1,
+            "count": 1,
             "known": True,
         }
     ]

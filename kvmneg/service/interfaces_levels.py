@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""org.kvmneg.Fence: the methods that move the level, or say what would become of it."""
+
+from __future__ import annotations
+
+from kvmneg import limits
+from kvmneg.errors import LimitExceeded
+from kvmneg.service import moves
+from kvmneg.service.interfaces import audit as audit_of
+from kvmneg.service.moves import Asked
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from kvmneg.service.node import Node
+    from kvmneg.service.varlink import Connection
+    from kvmneg.store.interface import Audit
+
+    Method = Callable[[Node, Audit, dict[str, Any]], dict[str, Any]]
+
+
+def call(node: Node, name: str, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
+    """Answer one method. Everybody may plan and look; what moves the level needs an admin and a reason."""
+    if name == "Plan":
+        return {"plan": moves.plan(node, _asked(given)).to_json()}
+    if name == "Progress":
+        return moves.progress(node)
+    what, method = _METHODS[name]
+    return method(node, audit_of(connection, what, given["reason"]), given)
+
+
+def _pin(node: Node, audit: Audit, given: dict[str, Any]) -> dict[str, Any]:
+    row = moves.pin(
+        node, given.get("from"), given.get("text"), _expected(given), audit, dry_run=_dry_run(given)
+    )
+    return {"generation": row.generation, "digest": row.digest, "text": row.text}
+
+
+def _unpin(node: Node, audit: Audit, given: dict[str, Any]) -> dict[str, Any]:
+    return {"generation": moves.unpin(node, _expected(given), audit, dry_run=_dry_run(given))}
+
+
+def _raise(node: Node, audit: Audit, given: dict[str, Any]) -> dict[str, Any]:
+    return moves.raise_(node, _asked(given), _expected(given), audit, dry_run=_dry_run(given))
+
+
+def _lower(node: Node, audit: Audit, given: dict[str, Any]) -> dict[str, Any]:
+    return moves.lower(node, _asked(given), _expected(given), audit, dry_run=_dry_run(given))
+
+
+def _emergency(node: Node, audit: Audit, given: dict[str, Any]) -> dict[str, Any]:
+    return moves.lower(node, _asked(given), _expected(given), audit, urgent=True, dry_run=_dry_run(given))
+
+
+def _commit(node: Node, audit: Audit, given: dict[str, Any]) -> dict[str, Any]:
+    return moves.commit(
+        node,
+        _expected(given),
+        audit,
+        consent=_few(given, "consent", "CONSENTS", limits.CONSENTS),
+        override=_few(given, "override", "OVERRIDES", limits.OVERRIDES),
+        dry_run=_dry_run(given),
+    )
+
+
+def _abort(node: Node, audit: Audit, given: dict[str, Any]) -> dict[str, Any]:
+    return moves.abort(node, _expected(given), audit, dry_run=_dry_run(given))
+
+
+_METHODS: dict[str, tuple[str, Method]] = {
+    "Pin": ("pin a fence", _pin),
+    "Unpin": ("unpin the fence", _unpin),
+    "Raise": ("raise the fence", _raise),
+    "Lower": ("lower the fence", _lower),
+    "Emergency": ("lower the fence", _emergency),
+    "Commit": ("commit what is proposed", _commit),
+    "Abort": ("abort what is proposed", _abort),
+}
+
+
+def _asked(given: dict[str, Any]) -> Asked:
+    without = _few(given, "without", "REQUEST_FEATURES", limits.REQUEST_FEATURES)
+    return Asked(given.get("from"), given.get("text"), without)
+
+
+def _few(given: dict[str, Any], name: str, limit: str, most: int) -> tuple[str, ...]:
+    """A list of names. Raises LimitExceeded."""
+    names = tuple(given.get(name, ()))
+    if len(names) > most:
+        raise LimitExceeded(limit, most, "name fewer at once")
+    return names
+
+
+def _expected(given: dict[str, Any]) -> int | None:
+    expected: int | None = given.get("expectedGeneration")
+    return expected
+
+
+def _dry_run(given: dict[str, Any]) -> bool:
+    return bool(given.get("dryRun", False))
