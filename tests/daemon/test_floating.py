@@ -22,8 +22,11 @@ from kvmneg.service.node import Node
 from kvmneg.store.interface import Audit
 from kvmneg.store.sqlite import SqliteStore
 
+from .test_arm64 import HOSTS
+
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
     from kvmneg.service.peer import Peer
 
@@ -256,3 +259,19 @@ def test_a_store_from_before_floats_at_its_latest_report(tmp_path: Path, host: H
         assert not gives(node)
         assert json.loads(json.dumps(store.level().report)) == report.digest()
         assert fits(node.negotiate(MAX, PEER).contract.granted, report.offer) == ()
+
+
+def test_a_level_has_what_the_kernel_cannot_hide(tmp_path: Path) -> None:
+    """arm64: a field that no guest can be told less of is shown, which is recorded; what can be hidden stays hidden."""
+    host = SimpleNamespace(report=HOSTS.old(VENDOR=1))
+    measurer = SimpleNamespace(measure=lambda: host.report, changed=lambda fresh=False: True)
+    with SqliteStore(str(tmp_path / "state"), verify=lambda text: Fence.parse(text).digest) as store:
+        node = Node(store, cast("Any", measurer), ContractFiles(str(tmp_path / "contracts")))
+        host.report = HOSTS.old(
+            ISAR0=0x2000_1021_1120, STD=3
+        )  # 6.1 lets the hypercalls be set, and no ID register
+        node.refresh()
+        assert node.floor is not None
+        granted = node.negotiate(MAX, PEER).contract.granted
+        assert (granted.value(HOSTS.ISAR0), granted.value(HOSTS.VENDOR)) == (0x2000_1021_1120, 1)
+        assert [row.action for row in store.audit(9)] == ["level-shown"]

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -250,3 +251,85 @@ def test_the_demonstration_on_this_kvm() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "RECORDED" not in done.stdout
     assert "kvmnegd ended with status 0" in done.stdout
+
+
+# -- the fence moves
+
+
+def test_a_raise_by_hand(capsys: Capture, socket: str) -> None:
+    run(capsys, socket, "fence", "pin", "--from", "level:x86-64-v2", "--reason", "low")
+    status, out, _ = run(capsys, socket, "fence", "plan", "--from", "host")
+    assert status == 0
+    assert "new guests get more" in out and "avx2" in out
+    status, tried = run_json(
+        capsys, socket, "fence", "raise", "--from", "host", "--reason", "up", "--dry-run"
+    )
+    assert (status, tried["state"], tried["dry_run"], tried["plan"]["kind"]) == (0, "pinned", True, "raise")
+    assert run(capsys, socket, "fence", "raise", "--from", "host", "--reason", "up")[0] == 0
+    _, _, told = run(capsys, socket, "fence", "show")
+    assert "it is proposed to raise it" in told
+    status, refused = run_json(capsys, socket, "fence", "lower", "--without", "cx16", "--reason", "down")
+    assert (status, refused["error"]["name"]) == (1, "org.kvmneg.Fence.WrongState")
+    status, done = run_json(capsys, socket, "fence", "commit", "--reason", "up", "--expected-generation", "1")
+    assert (status, done["generation"], done["state"]) == (0, 2, "pinned")
+
+
+def test_a_lowering_by_hand_names_who_is_above(capsys: Capture, socket: str) -> None:
+    run(capsys, socket, "fence", "pin", "--from", "host", "--reason", "all")
+    run(capsys, socket, "negotiate", "--max", "--begin", "--vm", VM)
+    assert run(capsys, socket, "vm", "started", VM)[0] == 0
+    status, out, _ = run(capsys, socket, "fence", "lower", "--without", "avx2,smep", "--reason", "leaves")
+    assert status == 0
+    assert re.search(rf"1 guest above.*\n  {VM}  running  uid \d+  avx2, smep\n", out)
+    status, _, err = run(capsys, socket, "fence", "commit", "--reason", "done?")
+    assert status == 1
+    assert f"guests hold more than that: {VM}\n  {VM}  running" in err
+    _, out, err = run(capsys, socket, "fence", "show")
+    assert "architecture x86_64" in out
+    hidden = re.search(r"hidden by the fence \[fence\]: 2\n +(.*)\n", err)
+    assert hidden is not None and set(hidden[1].split()) == {"avx2", "smep"}
+    assert run(capsys, socket, "fence", "abort", "--reason", "no")[0] == 0
+    status, plan = run_json(capsys, socket, "fence", "plan", "--without", "avx2")
+    (guest,) = plan["plan"]["guests"]
+    assert (status, guest["vm"], guest["features"], plan["plan"]["guest_count"]) == (0, VM, ["avx2"], 1)
+    words = ["fence", "commit", "--reason", "above", "--override", VM]
+    run(capsys, socket, "fence", "lower", "--without", "avx2", "--reason", "again")
+    assert run(capsys, socket, *words, "--dry-run")[0] == 0
+    assert run(capsys, socket, *words)[0] == 0
+
+
+def test_an_emergency_by_hand(capsys: Capture, socket: str) -> None:
+    run(capsys, socket, "fence", "pin", "--from", "host", "--reason", "all")
+    assert run(capsys, socket, "fence", "emergency")[0] == 2  # nothing is being lowered
+    assert run(capsys, socket, "fence", "emergency", "--without", "avx2")[0] == 2  # why?
+    run(capsys, socket, "negotiate", "--max", "--begin", "--vm", VM)
+    status, out, _ = run(capsys, socket, "fence", "emergency", "--without", "avx2", "--reason", "a leak")
+    assert status == 0
+    assert "`kvmneg fence emergency` shows how far it is" in out
+    status, out, _ = run(capsys, socket, "fence", "emergency")
+    assert status == 1
+    assert "0 of 1 guest done" in out and "not started: ask again" in out
+    assert run(capsys, socket, "vm", "end", VM)[0] == 0
+    status, progress = run_json(capsys, socket, "fence", "emergency")
+    assert (status, progress["guests"][0]["became"], progress["done"]) == (0, "gone", 1)
+    assert run(capsys, socket, "fence", "commit", "--reason", "through")[0] == 0
+
+
+def test_why_each_absent_feature_is_absent(capsys: Capture, socket: str) -> None:
+    run(capsys, socket, "fence", "pin", "--from", "level:x86-64-v2", "--reason", "low")
+    status, shown = run_json(capsys, socket, "fence", "show", "--absent")
+    absent = {row["feature"]: row for row in shown["absent"]}
+    assert status == 0
+    assert (absent["avx2"]["cause"], absent["avx2"]["missing_on"]) == ("fence", "fence generation 1")
+    assert absent["avx512f"]["cause"] == "silicon"  # of the recorded host
+    assert all(row["because"] for row in shown["absent"])
+    assert "cx16" not in absent
+    _, out, err = run(capsys, socket, "fence", "show", "--absent")
+    assert "avx512f" in err and "avx512f" not in out
+    assert Fence.parse(out).digest == shown["digest"]  # standard output is the fence and nothing else
+
+
+def test_a_dry_run_pins_nothing(capsys: Capture, socket: str) -> None:
+    status, out, _ = run(capsys, socket, "fence", "pin", "--from", "host", "--reason", "try", "--dry-run")
+    assert (status, out.partition(":")[0]) == (0, "it would be pinned")
+    assert run_json(capsys, socket, "fence", "show")[1]["pinned"] is False
