@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from kvmneg.service.connection import Connection
     from kvmneg.service.peer import Peer
 
     from .conftest import Host
 
 AUDIT = Audit(0, 1, "2026-11-21T06:00:00Z", "a test", "pytest")
 PEER = cast("Peer", SimpleNamespace(uid=1000, pid=7, groups=()))
+ASKER = cast("Connection", SimpleNamespace(peer=PEER, on_closed=None))
 VM = "0b9f3c1e-5f0b-4a49-9d0e-6a1f2b3c4d5e"
 WORD, AVX2 = "cpuid:0x7.0.ebx", 1 << 5
 MAX = Request(maximum=True)
@@ -107,7 +109,7 @@ def test_an_offer_above_the_level_is_not_begun(node: Node, host: Host) -> None:
     node.refresh()
     gain(host)
     with pytest.raises(StaleOffer):
-        node.begin(digest, VM, PEER)
+        node.begin(digest, VM, ASKER)
 
 
 def test_what_is_pinned_over_a_held_level_may_be_all_of_the_host(node: Node, host: Host) -> None:
@@ -190,11 +192,11 @@ def test_a_lowered_level_goes_back_up_only_over_what_the_host_has(node: Node, ho
 
 def test_a_breached_fence_is_not_taken_down_under_its_guests(node: Node, host: Host) -> None:
     node.pin("host", None, None, AUDIT)
-    node.begin(node.negotiate(MAX, PEER).contract.digest, VM, PEER)
+    node.begin(node.negotiate(MAX, PEER).contract.digest, VM, ASKER)
     host.lose(WORD, AVX2)
     with pytest.raises(GuestsAbove):
         moves.unpin(node, None, AUDIT)
-    node.end(VM, PEER)
+    node.leases.end(node.lease(VM, PEER))
     assert moves.unpin(node, None, AUDIT) == 2
 
 
@@ -219,7 +221,7 @@ def test_contracts_are_never_above_the_level_they_were_given_under(node: Node, h
                 digest = node.negotiate(request, PEER).contract.digest
             except Blocked:
                 continue
-            node.begin(digest, vm, PEER)
+            node.begin(digest, vm, ASKER)
             assert node.fence is not None
             held = [one for one in levels.holdings(node) if one.vm == vm]
             assert leases.above(held, node.fence.granted) == []
