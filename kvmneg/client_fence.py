@@ -113,6 +113,10 @@ class FenceCalls:
         """proposal (None where none is open), guests in order with what became of each, done, count."""
         return self.call("org.kvmneg.Fence.Progress")
 
+    def fence_audit(self, limit: int | None = None, *, before: int | None = None) -> dict[str, Any]:
+        """entries, the newest first: id, generation, action, at, uid, pid, process, reason, detail."""
+        return self.call("org.kvmneg.Fence.Audit", given(limit=limit, before=before))
+
     def fence_history(self, limit: int | None = None) -> dict[str, Any]:
         """entries, the newest first: generation, action, at, uid, pid, reason, digest."""
         return self.call("org.kvmneg.Fence.History", given(limit=limit))

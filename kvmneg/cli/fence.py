@@ -81,6 +81,9 @@ def _options_of(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--absent", action="store_true", help="name every absent feature, by who lacks it")
     if name == "history":
         rows = number(1, limits.HISTORY_ROWS)
+        verb.add_argument(
+            "--all", action="store_true", help="with proposals, breaches, roll-back sets, leases"
+        )
         verb.add_argument("--limit", metavar="N", type=rows, default=20, help="the newest N changes (20)")
 
 
@@ -163,7 +166,8 @@ def _unpin(arguments: argparse.Namespace) -> int:
 
 
 def _history(arguments: argparse.Namespace) -> int:
-    answer = sources.call(arguments, "org.kvmneg.Fence.History", limit=arguments.limit)
+    method = "Audit" if arguments.all else "History"
+    answer = sources.call(arguments, f"org.kvmneg.Fence.{method}", limit=arguments.limit)
     rows = [sources.snake(row) for row in answer["entries"]]
     if arguments.json:
         print_json({"entries": rows})
@@ -176,5 +180,5 @@ def _history(arguments: argparse.Namespace) -> int:
     ]
     screen.table(cells, indent=0)
     if not rows:
-        screen.line("no fence was ever pinned here")
+        screen.line("no fence was ever pinned here" if not arguments.all else "nothing was ever changed here")
     return 0

@@ -48,8 +48,9 @@ class Plan(NamedTuple):
     missing: tuple[tuple[str, str], ...]
     above: tuple[Above, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """As org.kvmneg.Fence.Plan on the wire."""
+    def to_json(self, uid: int | None = None) -> dict[str, Any]:
+        """As org.kvmneg.Fence.Plan on the wire; of guests those of one user, where one is given. All are counted."""
+        shown = [one.to_json() for one in self.above if uid in (None, one.holding.uid)]
         return {
             "kind": self.kind,
             "digest": self.fence.digest,
@@ -59,7 +60,7 @@ class Plan(NamedTuple):
             "blockers": [blocker.to_varlink() for blocker in self.blockers],
             "left": [{"combo": combo, "name": name} for combo, name in self.left],
             "missing": [{"host": host, "because": because} for host, because in self.missing],
-            "guests": [one.to_json() for one in self.above[: limits.GUESTS_NAMED]],
+            "guests": shown[: limits.GUESTS_NAMED],
             "guestCount": len(self.above),
         }
 
@@ -114,15 +115,14 @@ def followed(listed: Sequence[dict[str, Any]], holdings: Sequence[Holding], fenc
 
     `listed` are Above.to_json() of the guests that stood above when it was proposed.
     """
-    now: dict[str, list[Holding]] = {}
-    for holding in holdings:
-        now.setdefault(holding.vm, []).append(holding)
-    high = {one.holding.vm: one for one in leases.above(holdings, fence.granted)}
+    # of one UUID several users may have a VM
+    now = {(holding.vm, holding.uid) for holding in holdings}
+    high = {(one.holding.vm, one.holding.uid): one for one in leases.above(holdings, fence.granted)}
     rows = []
     for guest in listed:
-        vm = guest["vm"]
-        became = WAITING if vm in high else REBOOTED if vm in now else GONE
+        key = guest["vm"], guest["uid"]
+        became = WAITING if key in high else REBOOTED if key in now else GONE
         rows.append(Followed(guest, became))
-    known = {guest["vm"] for guest in listed}
-    late = in_order(one for vm, one in high.items() if vm not in known)
+    known = {(guest["vm"], guest["uid"]) for guest in listed}
+    late = in_order(one for key, one in high.items() if key not in known)
     return [*rows, *(Followed(one.to_json(), WAITING) for one in late)]

@@ -39,7 +39,7 @@ CACHEABLE = frozenset(("org.kvmneg.GetHost", "org.kvmneg.Negotiate", "org.kvmneg
 
 
 # Methods of org.kvmneg.Fence that move the level, or say what would: kvmneg.service.interfaces_levels.
-_MOVES = ("Pin", "Unpin", "Plan", "Raise", "Lower", "Emergency", "Commit", "Abort", "Progress")
+_MOVES = ("Pin", "Unpin", "Plan", "Raise", "Lower", "Emergency", "Commit", "Abort", "Progress", "Audit")
 
 
 class Interfaces:
@@ -181,10 +181,10 @@ class Interfaces:
         rows = self._node.history(limit or limits.HISTORY_ROWS)
         names = ("action", "generation", "at", "uid", "pid", "reason", "digest")
         entries = ({name: getattr(row, name) for name in names} for row in rows)
-        return {"entries": _that_fit(entries, limits.REPLY_BYTES - 1024)}
+        return {"entries": that_fit(entries, limits.REPLY_BYTES - 1024)}
 
 
-def _that_fit(entries: Iterable[dict[str, Any]], room: int) -> list[dict[str, Any]]:
+def that_fit(entries: Iterable[dict[str, Any]], room: int) -> list[dict[str, Any]]:
     """The first entries, as many as one reply may hold."""
     kept: list[dict[str, Any]] = []
     for entry in entries:

@@ -6,7 +6,9 @@ from __future__ import annotations
 from kvmneg import limits
 from kvmneg.errors import LimitExceeded
 from kvmneg.service import moves
+from kvmneg.service.authorization import is_admin, require_admin
 from kvmneg.service.interfaces import audit as audit_of
+from kvmneg.service.interfaces import that_fit
 from kvmneg.service.moves import Asked
 
 TYPE_CHECKING = False
@@ -22,11 +24,18 @@ if TYPE_CHECKING:
 
 
 def call(node: Node, name: str, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
-    """Answer one method. Everybody may plan and look; what moves the level needs an admin and a reason."""
+    """Answer one method. Everybody may plan and look; what moves the level needs an admin and a reason.
+
+    Only admins see other users' guests, which are counted for everybody, and the audit, which names them.
+    """
+    sees = None if is_admin(connection.peer) else connection.peer.uid
     if name == "Plan":
-        return {"plan": moves.plan(node, _asked(given)).to_json()}
+        return {"plan": moves.plan(node, _asked(given)).to_json(sees)}
     if name == "Progress":
-        return moves.progress(node)
+        return moves.progress(node, sees)
+    if name == "Audit":
+        require_admin(connection.peer, "read the audit")
+        return _audit(node, given)
     what, method = _METHODS[name]
     return method(node, audit_of(connection, what, given["reason"]), given)
 
@@ -67,6 +76,14 @@ def _commit(node: Node, audit: Audit, given: dict[str, Any]) -> dict[str, Any]:
 
 def _abort(node: Node, audit: Audit, given: dict[str, Any]) -> dict[str, Any]:
     return moves.abort(node, _expected(given), audit, dry_run=_dry_run(given))
+
+
+def _audit(node: Node, given: dict[str, Any]) -> dict[str, Any]:
+    limit = given.get("limit")
+    if limit is not None and not 0 < limit <= limits.HISTORY_ROWS:
+        raise LimitExceeded("HISTORY_ROWS", limits.HISTORY_ROWS, "ask for fewer entries")
+    rows = node.store.audit(limit or limits.HISTORY_ROWS, before=given.get("before"))
+    return {"entries": that_fit((row._asdict() for row in rows), limits.REPLY_BYTES - 1024)}
 
 
 _METHODS: dict[str, tuple[str, Method]] = {

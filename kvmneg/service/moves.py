@@ -220,18 +220,22 @@ def expire(node: Node) -> None:
         abort(node, None, levels.daemon_audit("nobody committed it in time"), timed_out=True)
 
 
-def progress(node: Node) -> dict[str, Any]:
-    """The open proposal, and what became of the guests that stood above it. "proposal" is None where none is open."""
+def progress(node: Node, uid: int | None = None) -> dict[str, Any]:
+    """The open proposal, and what became of the guests that stood above it. "proposal" is None where none is open.
+
+    With a user's guests alone, though all are counted, where one is given.
+    """
     row = node.store.levels.proposal()
     if row is None:
         return {"proposal": None, "guests": [], "done": 0, "count": 0}
     proposed = levels.parsed(row)
     listed = json.loads(row.plan)["guests"] if row.kind == LOWER else []
     rows = plans.followed(listed, levels.holdings(node), proposed) if row.kind == LOWER else []
+    shown = [one.to_json() for one in rows if uid in (None, one.guest["uid"])]
     named = ("kind", "digest", "text", "urgent", "at", "uid", "reason")
     return {
         "proposal": {name: getattr(row, name) for name in named} | {"urgent": bool(row.urgent)},
-        "guests": [one.to_json() for one in rows[: limits.GUESTS_NAMED]],
+        "guests": shown[: limits.GUESTS_NAMED],
         "done": sum(bool(one.became) for one in rows),
         "count": len(rows),
     }

@@ -67,6 +67,7 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
         "Commit": {"consent": "?[]string", "override": "?[]string", **_MOVE},
         "Abort": _MOVE,
         "Progress": {},
+        "Audit": {"limit": "?int", "before": "?int"},
     },
 }
 

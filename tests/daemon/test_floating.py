@@ -263,6 +263,39 @@ def test_a_store_from_before_floats_at_its_latest_report(tmp_path: Path, host: H
         assert fits(node.negotiate(MAX, PEER).contract.granted, report.offer) == ()
 
 
+def test_guests_that_never_asked_stop_a_lowering(
+    node: Node, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a host that was measured here: those of a recorded report are not this machine's."""
+    process = SimpleNamespace(pid=77, uid=5)
+    found = [
+        SimpleNamespace(process=process, called={"uuid": VM}),
+        SimpleNamespace(process=process, called={}),
+    ]
+    unknown = SimpleNamespace(blocking=lambda: found, missed=lambda: "some could not be looked into")
+    monkeypatch.setattr(node, "_unknown", unknown)
+    node.pin("host", None, None, AUDIT)
+    moves.lower(node, Asked(without=("avx2",)), None, AUDIT)
+    assert moves.commit(node, None, AUDIT, dry_run=True)["plan"]["guestCount"] == 0
+    host.change("measured", "source", "kvm")
+    with pytest.raises(GuestsAbove) as caught:
+        moves.commit(node, None, AUDIT)
+    assert [row["vm"] for row in caught.value.fields["guests"]] == [VM, "pid 77", "unseen"]
+    assert not any(row["known"] for row in caught.value.fields["guests"])
+    assert moves.commit(node, None, AUDIT, override=(VM, "pid 77", "unseen"))["state"] == "pinned"
+
+
+def test_a_saved_guest_is_in_the_way(node: Node) -> None:
+    node.pin("host", None, None, AUDIT)
+    node.begin(node.negotiate(MAX, PEER).contract.digest, VM, ASKER)
+    node.leases.started(node.lease(VM, PEER))
+    node.leases.saved(node.lease(VM, PEER))
+    moves.lower(node, Asked(without=("avx2",)), None, AUDIT)
+    with pytest.raises(GuestsAbove) as caught:
+        moves.commit(node, None, AUDIT)
+    assert [(row["vm"], row["state"]) for row in caught.value.fields["guests"]] == [(VM, "saved")]
+
+
 def test_a_level_has_what_the_kernel_cannot_hide(tmp_path: Path) -> None:
     """arm64: a field that no guest can be told less of is shown, which is recorded; what can be hidden stays hidden."""
     host = SimpleNamespace(report=HOSTS.old(VENDOR=1))

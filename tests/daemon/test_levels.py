@@ -25,6 +25,7 @@ from kvmneg.errors import (
 )
 
 from .conftest import RECORDED
+from .test_daemon import as_user
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -317,3 +318,34 @@ def test_a_fence_is_not_pinned_below_a_guest(daemon: Daemon) -> None:
 def test_lists_are_limited(daemon: Daemon, limit: str, call: Callable[[Client], object]) -> None:
     with daemon.client() as client, pytest.raises(LimitExceeded, match=limit):
         call(client)
+
+
+def test_only_admins_see_the_guests_of_others(daemon: Daemon) -> None:
+    parameters = {"without": ["avx2"]}
+    with daemon.client() as client:
+        client.fence_pin("all", source="host")
+        begin(client)
+        assert [row["vm"] for row in client.fence_plan(without=("avx2",))["plan"]["guests"]] == [VM]
+        plan = as_user(65534, daemon, "org.kvmneg.Fence.Plan", parameters)["plan"]
+        assert (plan["guests"], plan["guestCount"], plan["lost"]) == ([], 1, ["avx2"])
+        client.fence_lower("down", without=("avx2",))
+        progress = as_user(65534, daemon, "org.kvmneg.Fence.Progress", {})
+        assert (progress["guests"], progress["count"], progress["done"]) == ([], 1, 0)
+    for method in ("Raise", "Lower", "Emergency", "Commit", "Abort"):
+        given = {"reason": "mine", **(parameters if method in ("Lower", "Emergency") else {})}
+        assert as_user(65534, daemon, f"org.kvmneg.Fence.{method}", given) == {"error": "NotPermitted"}
+    assert as_user(65534, daemon, "org.kvmneg.Fence.Audit", {}) == {"error": "NotPermitted"}
+
+
+def test_the_audit_is_read_in_pages(daemon: Daemon) -> None:
+    with daemon.client() as client:
+        assert client.fence_audit() == {"entries": []}
+        client.fence_pin("all", source="host")
+        client.fence_lower("down", without=("avx2",))
+        client.fence_abort("no")
+        newest, older = client.fence_audit(2)["entries"]
+        assert (newest["id"], newest["action"], newest["reason"]) == (3, "lower-abort", "no")
+        assert (older["id"], older["detail"]["lost"], older["detail"]["guests_above"]) == (2, ["avx2"], 0)
+        assert [row["action"] for row in client.fence_audit(before=2)["entries"]] == ["pin"]
+        with pytest.raises(LimitExceeded, match="HISTORY_ROWS"):
+            client.fence_audit(limits.HISTORY_ROWS + 1)

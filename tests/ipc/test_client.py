@@ -356,6 +356,7 @@ def test_a_reply_too_many_is_not_taken_for_the_next(misbehave):
             "org.kvmneg.Fence.Abort",
             {"reason": "why", "dryRun": True},
         ),
+        (lambda c: c.fence_audit(5, before=9), "org.kvmneg.Fence.Audit", {"limit": 5, "before": 9}),
         (lambda c: c.fence_progress(), "org.kvmneg.Fence.Progress", None),
         (lambda c: c.fence_history(5), "org.kvmneg.Fence.History", {"limit": 5}),
         (lambda c: c.fence_history(), "org.kvmneg.Fence.History", None),

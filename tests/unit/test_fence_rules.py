@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvmneg import limits
 from kvmneg.errors import (
     Blocked,
     Breached,
@@ -313,6 +314,34 @@ def test_guests_are_followed_to_the_end() -> None:
         ("a", ""), ("b", plans.REBOOTED), ("c", plans.GONE), ("d", "")
     ]  # fmt: skip
     assert rows[1].to_json()["became"] == "cold-booted"
+
+
+def test_guests_and_features_are_named_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "GUESTS_NAMED", 2)
+    monkeypatch.setattr(limits, "FEATURES_NAMED", 2)
+    guests = [holding(vm, ALL) for vm in "abc"]
+    with pytest.raises(GuestsAbove) as caught:
+        leases.require_none_above(guests, offers(0))
+    fields = caught.value.fields
+    assert ([row["vm"] for row in fields["guests"]], fields["count"]) == (["a", "b"], 3)
+    assert (fields["guests"][0]["features"], fields["guests"][0]["count"]) == (["bmi1", "bmi2"], 4)
+    told = plans.plan(pinned(ALL, a=ALL), Fence(offers(0)), guests).to_json()
+    assert ([row["vm"] for row in told["guests"]], told["guestCount"]) == (["a", "b"], 3)
+
+
+def test_a_user_is_told_of_their_own_guests() -> None:
+    guests = [holding("a", ALL), holding("b", ALL)._replace(uid=8)]
+    plan = plans.plan(pinned(ALL, a=ALL), Fence(offers(0)), guests)
+    assert [row["vm"] for row in plan.to_json(8)["guests"]] == ["b"]
+    assert plan.to_json(8)["guestCount"] == 2
+
+
+def test_two_users_with_a_vm_of_one_name_are_two_guests() -> None:
+    level = Fence(offers(BMI1))
+    both = [holding("a", ALL), holding("a", ALL)._replace(uid=8)]
+    listed = [one.to_json() for one in leases.above(both, level.granted)]
+    rows = plans.followed(listed, both[1:], level)
+    assert [(one.guest["uid"], one.became) for one in rows] == [(7, plans.GONE), (8, "")]
 
 
 def test_two_holders_of_one_guest_are_both_waited_for() -> None:
