@@ -10,14 +10,14 @@ import os
 
 from kvmneg import limits
 from kvmneg.clock import now
-from kvmneg.errors import StoreError
+from kvmneg.errors import BadInput, StoreError
 from kvmneg.features import words
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.policy import coverage, leases, pooling
 from kvmneg.policy import vmm as vmms
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.leases import Holding
-from kvmneg.policy.level import Level, Proposal, held_back
+from kvmneg.policy.level import Level, Proposal, ceiling, held_back
 from kvmneg.policy.members import MEMBER, Measured, Member
 from kvmneg.store.interface import Audit
 
@@ -43,15 +43,11 @@ def level(node: Standing) -> Level:
         base = node.store.past_fence(row.base)
         if base is not None:
             fence = Fence.parse(base.text, generation=base.generation, file="the fence to be replaced")
-    floor = node.floor
-    return Level(
-        node.generation,
-        fence,
-        floor.granted if floor is not None else None,
-        proposal,
-        (member(node),),
-        getattr(node, "stale", None) or "",
-    )
+    readonly = getattr(node, "stale", None) or ""
+    found = Level(node.generation, fence, None, proposal, (member(node),), readonly)
+    if fence is not None:
+        return found
+    return found._replace(floor=node.floor.granted if node.floor is not None else ceiling(found))
 
 
 def member(node: Standing) -> Member:
@@ -90,7 +86,6 @@ def opened(row: ReportRow) -> Report:
     """A report as it was recorded. Raises StoreError."""
     import zlib
 
-    from kvmneg.errors import BadInput
     from kvmneg.features.report import Report
 
     try:
@@ -185,9 +180,18 @@ def _float(node: Standing, report: Report, roll_changed: bool) -> None:
 
 
 def _remembered(node: Standing, row: LevelRow) -> FeatureSet | None:
-    """The level that floats, None where none is recorded yet: it is what the host offers."""
+    """The level that floats, None where none is recorded yet: it is what the host offers.
+
+    Raises StoreError, with the generation, where this build cannot read it: as of a fence, nothing is granted then.
+    """
     if row.text is not None:
-        return Fence.parse(row.text, file="the level that floats").granted
+        try:
+            return Fence.parse(row.text, file="the level that floats").granted
+        except BadInput as error:
+            hint = "pin a fence, or unpin to float at what this host offers"
+            raise StoreError(
+                f"the level of this host cannot be read: {error}", hint=hint, generation=node.generation
+            ) from error
     recorded = node.store.report(row.report) if row.report else None
     return vmms.reach(opened(recorded)) if recorded is not None else None
 

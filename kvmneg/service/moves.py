@@ -276,8 +276,8 @@ def _named(node: Node, asked: Asked, below: Level | None) -> Fence:
         return Fence(pinning.named(parsed.granted, node.report), registers=parsed.registers)
     registers = node.report.registers
     if asked.without:
-        current = guards.require_pinned(levels.level(node), "take anything from")
-        effective = levels.level(node).effective or current
+        level = levels.level(node)
+        effective = level.effective or guards.require_pinned(level, "take anything from")
         return Fence(_without(effective.granted, asked.without), registers=effective.registers)
     granted = pinning.named(pinning.source(asked.source or "", node.report), node.report)
     if below is not None:

@@ -120,18 +120,22 @@ class Standing:
         report = self._report
         if report is None or self._fence_fault is not None or coverage.unvisited(report):
             return
-        if self._fence is None:
-            self.floor, moves = None, self._row.report not in (None, report.digest())
-        else:
-            moves = bool(self.below) != self._row.breached
-        if moves:
-            from kvmneg.service import levels  # a host that changed
+        try:
+            if self._row.report is None:  # nothing was recorded yet when that was read
+                self._row = self.store.level()
+            if self._fence is None:
+                self.floor, moves = None, self._row.report not in (None, report.digest())
+            else:
+                moves = bool(self.below) != self._row.breached
+            if moves:
+                from kvmneg.service import levels  # a host that changed
 
-            try:
                 levels.settle(self, report)
-            except StoreError as error:
-                self._on_trouble(str(error))
-        self._row = self.store.level()
+                self._row = self.store.level()
+        except StoreError as error:
+            self._on_trouble(str(error))
+            if "generation" in error.fields:  # what bounds new guests cannot be read: nothing is granted
+                self._fence_fault = error
 
     def tell_trouble(self, text: str) -> None:
         """Tell who runs the daemon."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from kvmneg import limits
-from kvmneg.errors import Blocked, GuestsAbove, HostsMissing, NoKvm, NotPinned, StaleOffer
+from kvmneg.errors import Blocked, GuestsAbove, HostsMissing, NoKvm, NotPinned, StaleOffer, StoreError
 from kvmneg.features.featureset import fits
 from kvmneg.policy import leases
 from kvmneg.policy.fence_text import Fence
@@ -261,6 +261,24 @@ def test_a_store_from_before_floats_at_its_latest_report(tmp_path: Path, host: H
         assert not gives(node)
         assert json.loads(json.dumps(store.level().report)) == report.digest()
         assert fits(node.negotiate(MAX, PEER).contract.granted, report.offer) == ()
+
+
+def test_a_plan_without_a_fence_is_about_what_there_is(node: Node) -> None:
+    plan = moves.plan(node, Asked(without=("avx2",)))
+    assert (plan.kind, plan.lost, plan.gained) == ("lower", ("avx2",), ())
+    assert "avx2" in moves.plan(node, Asked("level:x86-64-v2")).lost
+
+
+def test_a_level_that_cannot_be_read_grants_nothing(node: Node, host: Host, tmp_path: Path) -> None:
+    """A catalogue that changed: the remedy is that of a fence that cannot be read."""
+    node.store.levels.floats_at("", "architecture x86_64\ncpuid:0xdead.0.eax 0b" + "0" * 32 + "\n")
+    after = again(node, host, tmp_path)
+    assert after.state == "unreadable"
+    with pytest.raises(StoreError, match="0xdead"):
+        after.negotiate(MAX, PEER)
+    moves.unpin(after, None, AUDIT)
+    assert after.state == "floating"
+    assert gives(after)
 
 
 def test_guests_that_never_asked_stop_a_lowering(
