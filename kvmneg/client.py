@@ -79,8 +79,8 @@ class Client(FenceCalls, GuestCalls):
 
         With `digest_only` there is no contract: for a caller that takes its binary form from `begin`.
         """
-        given = _given(request=dict(request), digestOnly=digest_only or None)
-        return self.call("org.kvmneg.Negotiate", given)
+        wanted = given(request=dict(request), digestOnly=digest_only or None)
+        return self.call("org.kvmneg.Negotiate", wanted)
 
     def begin(
         self, digest: str, vm: str, *, hold: bool | None = None, pid: int | None = None
