@@ -65,6 +65,8 @@ PROOFS = 16  # combos whose proof is kept
 VMM_BUILDS = 64  # VMM binaries whose version is looked up
 QEMU_SECONDS = 10.0  # for an installed QEMU to say what it knows, or to start paused
 HISTORY_ROWS = 1000  # audit records in one reply
+COMBO_ROWS = 1000  # combos ever measured in one reply
+ROLLBACK_COMBOS = 64  # combos that an admin wants to be able to return to
 
 # guests
 UEVENT_BYTES = 8 * 1024  # the kernel's own limit is 2 KiB of variables (UEVENT_BUFFER_SIZE)

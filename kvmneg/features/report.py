@@ -190,13 +190,18 @@ class Report:
         return cls.from_json(parse_json(data, file=file, limit=limits.REPORT_BYTES), file=file)
 
 
+def canonical_combo(combo: Mapping[str, Any]) -> bytes:
+    """A combo's canonical JSON, without its boot id."""
+    lasting = {name: value for name, value in combo.items() if name != "boot"}
+    return json.dumps(lasting, sort_keys=True, separators=(",", ":")).encode()
+
+
 def combo_digest(combo: Mapping[str, Any]) -> str:
     """SHA-256 of a combo without its boot id: "sha256:" and 64 hexadecimal digits.
 
     Equal digests mean the same software on the same machine, in this boot or another.
     """
-    lasting = {name: value for name, value in combo.items() if name != "boot"}
-    return "sha256:" + sha256(json.dumps(lasting, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return "sha256:" + sha256(canonical_combo(combo)).hexdigest()
 
 
 def parse_json(data: bytes, *, file: str, limit: int) -> object:

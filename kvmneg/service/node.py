@@ -20,6 +20,7 @@ from kvmneg.errors import (
     UsageError,
 )
 from kvmneg.features.featureset import fits
+from kvmneg.features.report import canonical_combo
 from kvmneg.policy import grade, negotiation
 from kvmneg.policy.contract import Contract
 from kvmneg.service.leases import Leases
@@ -108,9 +109,9 @@ class Node(Standing):
             return
         import zlib  # only where a report is kept
 
-        body = zlib.compress(report.canonical())
+        body, combo = zlib.compress(report.canonical()), canonical_combo(report.combo).decode()
         try:
-            self.store.record_report(report.digest(), report.combo_digest(), now(), body)
+            self.store.record_report(report.digest(), report.combo_digest(), now(), body, combo)
         except StoreError as error:
             self._on_trouble(f"this measurement is not recorded: {error}")
         else:

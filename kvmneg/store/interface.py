@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from kvmneg.store.leases import Leases
     from kvmneg.store.levels import Levels
+    from kvmneg.store.rolls import Rolls
     from kvmneg.store.waivers import Waivers
 
     FenceAction = Literal["pin", "unpin", "raise", "lower", "lower-abort"]
@@ -206,8 +207,17 @@ if TYPE_CHECKING:
         def waivers(self, boot: str) -> Waivers:
             """The unknown guests of this boot that an admin waived."""
 
-        def record_report(self, digest: str, combo_digest: str, at: str, body: bytes) -> None:
-            """Keep a report for ever. A known digest is not kept twice, it becomes the latest again."""
+        @property
+        def rolls(self) -> Rolls:
+            """The combos ever measured, and the roll-back set."""
+
+        def record_report(
+            self, digest: str, combo_digest: str, at: str, body: bytes, combo: str | None = None
+        ) -> bool:
+            """Keep a report for ever, and the JSON of its combo. False where it is the latest already.
+
+            A known digest is not kept twice, it becomes the latest again.
+            """
 
         def latest_report(self) -> ReportRow | None:
             """The report recorded last (by order, not by its time)."""

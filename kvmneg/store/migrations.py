@@ -167,4 +167,38 @@ CREATE TABLE proposals (
 );
 """
 
-MIGRATIONS = (_FENCE_AND_GRANTS, _AUDIT, _WAIVERS, _LEASES, _LEVELS)
+# Combos have a row of their own, so that a history of many is read without opening their reports. What was measured
+# is evidence: nothing deletes or rewrites it. The time of recording again is the combo's (last_at), not the report's.
+_COMBOS_AND_ROLLS = """
+CREATE TABLE combos (
+    digest   TEXT PRIMARY KEY,
+    document TEXT, -- JSON; NULL where the combo was recorded in its reports only
+    report   TEXT NOT NULL REFERENCES reports (digest), -- its newest
+    first_at TEXT NOT NULL,
+    last_at  TEXT NOT NULL,
+    seen     INTEGER NOT NULL UNIQUE -- of its newest report
+);
+INSERT INTO combos (digest, report, first_at, last_at, seen)
+    SELECT combo_digest, digest, (SELECT MIN(at) FROM reports WHERE combo_digest = newest.combo_digest),
+        (SELECT MAX(at) FROM reports WHERE combo_digest = newest.combo_digest), seen
+    FROM reports AS newest
+    WHERE seen = (SELECT MAX(seen) FROM reports WHERE combo_digest = newest.combo_digest);
+CREATE TRIGGER reports_delete BEFORE DELETE ON reports
+    BEGIN SELECT RAISE(ABORT, 'a report is kept for ever'); END;
+CREATE TRIGGER reports_update BEFORE UPDATE OF digest, combo_digest, at, body ON reports
+    BEGIN SELECT RAISE(ABORT, 'a report is never rewritten'); END;
+CREATE TRIGGER combos_delete BEFORE DELETE ON combos
+    BEGIN SELECT RAISE(ABORT, 'a combo is kept for ever'); END;
+
+CREATE TABLE rolls (
+    place   INTEGER PRIMARY KEY, -- the order of adding
+    combo   TEXT NOT NULL UNIQUE REFERENCES combos (digest),
+    at      TEXT NOT NULL,
+    uid     INTEGER NOT NULL,
+    pid     INTEGER NOT NULL,
+    process TEXT NOT NULL,
+    reason  TEXT NOT NULL
+);
+"""
+
+MIGRATIONS = (_FENCE_AND_GRANTS, _AUDIT, _WAIVERS, _LEASES, _LEVELS, _COMBOS_AND_ROLLS)

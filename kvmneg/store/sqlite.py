@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from kvmneg.store.interface import Audit, AuditRow, FenceAction, Store
     from kvmneg.store.levels import Levels
+    from kvmneg.store.rolls import Rolls
     from kvmneg.store.waivers import Waivers
 
 _FENCE = "generation, digest, text, at, uid, pid, reason"
@@ -178,19 +179,32 @@ class SqliteStore:
 
     # Reports
 
-    def record_report(self, digest: str, combo_digest: str, at: str, body: bytes) -> None:
+    def record_report(
+        self, digest: str, combo_digest: str, at: str, body: bytes, combo: str | None = None
+    ) -> bool:
         """The latest report again writes nothing: `digest` must not cover the time of measuring."""
         with self._changing("record the report") as connection:
             query = "SELECT digest, seen FROM reports ORDER BY seen DESC LIMIT 1"
             last_digest, seen = connection.execute(query).fetchone() or (None, 0)
-            if last_digest != digest:
-                connection.execute(
-                    "INSERT INTO reports (digest, combo_digest, at, body, seen) VALUES (?, ?, ?, ?, ?) "
-                    "ON CONFLICT (digest) DO UPDATE SET seen = excluded.seen",
-                    (digest, combo_digest, at, body, seen + 1),
-                )
-                # the first host of all: what it offers is the level that floats
-                connection.execute("UPDATE level SET report = ? WHERE report IS NULL", (digest,))
+            if last_digest == digest:
+                return False
+            from kvmneg.store.rolls import note  # most starts have nothing to record
+
+            connection.execute(
+                "INSERT INTO reports (digest, combo_digest, at, body, seen) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (digest) DO UPDATE SET seen = excluded.seen",
+                (digest, combo_digest, at, body, seen + 1),
+            )
+            # the first host of all: what it offers is the level that floats
+            connection.execute("UPDATE level SET report = ? WHERE report IS NULL", (digest,))
+            note(connection, (combo_digest, combo), digest, at, seen + 1)
+        return True
+
+    @property
+    def rolls(self) -> Rolls:
+        from kvmneg.store.rolls import Rolls  # of an admin's day
+
+        return Rolls(self._database)
 
     def latest_report(self) -> ReportRow | None:
         with self._reading("read the reports") as connection:
