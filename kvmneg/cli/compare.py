@@ -170,7 +170,9 @@ def _combo(a: Document, b: Document) -> list[dict[str, Any]]:
     """The dimensions of the combo in which two reports differ; None where one does not have it."""
     if not (a.report and b.report):
         return []
-    ours, theirs = _flat(a.report.combo), _flat(b.report.combo)
+    from kvmneg.policy.combos import flat
+
+    ours, theirs = flat(a.report.combo), flat(b.report.combo)
     ours |= {f"identity.{key}": str(value) for key, value in a.report.identity.items() if key != "flags"}
     theirs |= {f"identity.{key}": str(value) for key, value in b.report.identity.items() if key != "flags"}
     names = dict.fromkeys((*ours, *theirs))
@@ -179,21 +181,6 @@ def _combo(a: Document, b: Document) -> list[dict[str, Any]]:
         for name in names
         if ours.get(name) != theirs.get(name)
     ]
-
-
-def _flat(value: object, prefix: str = "") -> dict[str, str]:
-    """A tree of documents as dotted names: modules.kvm.ignore_msrs; lists by number, VMMs by name."""
-    rows: dict[str, str] = {}
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            rows |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list):
-        for place, inner in enumerate(value):
-            label = inner.get("name", place) if isinstance(inner, dict) and prefix == "vmms" else place
-            rows |= _flat(inner, f"{prefix}.{label}")
-    else:
-        rows[prefix] = str(value)
-    return rows
 
 
 def _show(screen: Screen, result: Result) -> None:

@@ -275,7 +275,7 @@ def _meet_many(sets: list[FeatureSet]) -> FeatureSet:
     return FeatureSet(architecture, _closed(catalog, met), conflicts)
 
 
-def _unfit_bits(rule: WordRules, guest: int, host: int) -> int:
+def unfit_bits(rule: WordRules, guest: int, host: int) -> int:
     """The bits of a word by which a guest's value does not fit a host's; a numeric field counts whole."""
     unfit = guest & ~host & rule.and_mask | host & ~guest & rule.or_mask
     for field in rule.fields:
@@ -298,13 +298,13 @@ def _unfit_words(guest: FeatureSet, host: FeatureSet) -> Iterator[tuple[str, int
             rule = rule_of[word]
             if theirs is None:
                 theirs = rule.bottom
-            unfit = _unfit_bits(rule, ours, theirs)
+            unfit = unfit_bits(rule, ours, theirs)
             if unfit:
                 yield word, ours, theirs, unfit
     for word, theirs in offered.items():
         if word not in promised:
             rule = rule_of[word]
-            unfit = _unfit_bits(rule, rule.bottom, theirs)
+            unfit = unfit_bits(rule, rule.bottom, theirs)
             if unfit:
                 yield word, rule.bottom, theirs, unfit
     for lead, others in catalog.groups:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvmneg.features.catalog import Feature
     from kvmneg.features.report import Report
     from kvmneg.policy.fence_text import Fence
+    from kvmneg.policy.portable import Entry
     from kvmneg.policy.request import Request
     from kvmneg.policy.vmm import Through
 
@@ -179,27 +180,28 @@ def _carried(granted: FeatureSet, report: Report, fence: Fence | None) -> dict[s
 
 
 def check(contract: Contract, report: Report, vmm: str | None = None) -> tuple[Blocker, ...]:
-    """Why a guest with this contract may not come to this host; empty when it may. Judges the accept set.
+    """`accepts` of a guest with this contract."""
+    return accepts(contract.granted, report, vmm, portable=contract.portable)
 
-    With a VMM, what KVM accepts and it does not is a reason too. Raises UsageError for a VMM of another name.
-    """
+
+def accepts(
+    granted: FeatureSet, report: Report, vmm: str | None = None, *, portable: tuple[Entry, ...] = ()
+) -> tuple[Blocker, ...]:
+    """Why a guest with this set and registers may not come here; empty when it may. Raises UsageError (a VMM)."""
     seen = through(report, vmm)
     there = (seen.report if seen else report).accepting()
-    found = fits(contract.granted, there.offer, missing_on=f"host {report.host}")
-    if contract.granted.architecture != report.architecture:
+    found = fits(granted, there.offer, missing_on=f"host {report.host}")
+    if granted.architecture != report.architecture:
         return found  # which says just that
-    blockers = [
-        reasons.unfit(blocker, there, "the contract", seen)
-        for blocker in found
-        if not rates.carried_unknown(blocker.word, there.offer_words)
-    ]
+    told = (one for one in found if not rates.carried_unknown(one.word, there.offer_words))
+    blockers = [reasons.unfit(blocker, there, "the contract", seen) for blocker in told]
     if seen is not None:
-        blockers = reasons.in_order([*blockers, *_refused(contract.granted, seen, "the contract")])
-    blockers += unreachable(contract.granted, there, "the contract")
-    if contract.portable:
-        from kvmneg.policy import portable  # arm64's only
+        blockers = reasons.in_order([*blockers, *_refused(granted, seen, "the contract")])
+    blockers += unreachable(granted, there, "the contract")
+    if portable:
+        from kvmneg.policy import portable as registers  # arm64's only
 
-        blockers += portable.unknown(contract.portable, there, seen)
+        blockers += registers.unknown(portable, there, seen)
     return (*coverage.blockers(report), *reasons.in_order(blockers))
 
 

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""May this host go back to a combo? From what was recorded there, the fence, and what guests hold. Pure.
+
+    Allowed iff the combo was measured, its offer is not below the fence (D ≥ F), and it accepts what every guest
+    holds (M ≥ V(vm)), the portable state included. A guest of which nobody knows what it holds blocks.
+
+The whole combo has to be a recorded one (kvmneg.policy.combos). Of one that was never measured the answer is no,
+with what differs and how to measure it; a prediction (kvmneg.policy.prediction) never makes it a yes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvmneg.features import words
+from kvmneg.features.crowd import Crowd
+from kvmneg.features.difference import Blocker
+from kvmneg.policy import combos, coverage, negotiation, rates, reasons
+from kvmneg.policy.scope import unmeasured
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
+
+    from kvmneg.features.featureset import FeatureSet
+    from kvmneg.features.report import Report
+    from kvmneg.policy.combos import Asked, Dimension
+    from kvmneg.policy.fence_text import Fence
+    from kvmneg.policy.leases import Holding
+    from kvmneg.policy.portable import Entry
+    from kvmneg.policy.prediction import Prediction
+
+UNKNOWN = "an unknown guest"
+_JUDGED = (
+    "judged: what was measured under that combo, feature by feature, against the pinned fence and what each guest "
+    "holds, portable state that they name included"
+)
+_UNFENCED = "not judged: guests that start after this answer; no fence is pinned, and the next may hold more"
+_ELSE = (
+    "not judged: machine types and device state of another VMM build, ROM sizes, vhost-user and vDPA back ends, "
+    "VFIO, live nested guests, whether firmware and microcode can be brought back",
+    "not judged: guests on other hosts that may come here later",
+)
+
+
+class Recorded(NamedTuple):
+    """A combo that was measured here: its digest, the combo, and when it was recorded first and last."""
+
+    digest: str
+    combo: Mapping[str, Any]
+    first_at: str
+    last_at: str
+
+
+class Held(NamedTuple):
+    """Guests that hold the same set and cannot go there: why, in reasons that they share."""
+
+    digest: str
+    vms: tuple[str, ...]
+    blockers: tuple[Blocker, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """{"digest" of the contract or null, "vms": [UUID, …], "blockers": [{…}]}."""
+        rows = [blocker.to_json() for blocker in self.blockers]
+        return {"digest": self.digest or None, "vms": list(self.vms), "blockers": rows}
+
+
+class Answer(NamedTuple):
+    """Whether the host may go to a combo, and everything that stands in the way.
+
+    `combo` is the digest of the recorded one that was judged, "" where none is the asked one: then `differs` tells
+    in what the nearest recorded one (`nearest`) is another, and `how` to measure it. `changes` are the dimensions
+    in which the judged combo is not the running one. `blockers` are of the fence and of CPUs that were not measured,
+    `guests` of guests, `unknown` names guests of which nobody knows what they hold.
+    """
+
+    combo: str
+    nearest: str
+    differs: tuple[Dimension, ...]
+    changes: tuple[Dimension, ...]
+    blockers: tuple[Blocker, ...]
+    guests: tuple[Held, ...]
+    unknown: tuple[str, ...]
+    how: str
+    prediction: Prediction | None
+    scope: tuple[str, ...]
+
+    @property
+    def measured(self) -> bool:
+        return bool(self.combo)
+
+    @property
+    def allowed(self) -> bool:
+        return self.measured and not (self.blockers or self.guests or self.unknown)
+
+
+class Guests:
+    """What guests hold, each distinct set once.
+
+    `registers` are the portable state of arm64 contracts by their digest. Guests of unknown sets are `unknown`.
+    """
+
+    __slots__ = ("_crowds", "_held", "unknown")
+
+    def __init__(
+        self,
+        holdings: Iterable[Holding],
+        unknown: Sequence[str] = (),
+        registers: Mapping[str, tuple[Entry, ...]] | None = None,
+    ) -> None:
+        strangers: list[str] = []
+        by_set: dict[tuple[str, FeatureSet], list[str]] = {}
+        for holding in holdings:
+            if holding.granted is None:
+                strangers.append(holding.vm)
+            else:
+                by_set.setdefault((holding.digest, holding.granted), []).append(holding.vm)
+        self.unknown = (*strangers, *unknown)
+        carried = registers or {}
+        self._held = [
+            (digest, granted, carried.get(digest, ()), vms) for (digest, granted), vms in by_set.items()
+        ]
+        self._crowds: dict[str, Crowd] = {}
+
+    def blocking(self, report: Report, vmm: str | None = None) -> tuple[Held, ...]:
+        """The guests that the host of this report does not accept, with the reasons."""
+        found = []
+        for digest, granted, registers, vms in self._suspects(report, vmm):
+            blockers = negotiation.accepts(granted, report, vmm, portable=registers)
+            if blockers:
+                found.append(Held(digest, tuple(vms), blockers))
+        return tuple(found)
+
+    def count(self, report: Report) -> int:
+        """How many guests the host of this report does not accept, unknown ones included."""
+        if report.architecture == words.ARM64:
+            return len(self.unknown) + sum(len(held.vms) for held in self.blocking(report))
+        return len(self.unknown) + sum(len(vms) for *_, vms in self._suspects(report, None))
+
+    def _suspects(
+        self, report: Report, vmm: str | None
+    ) -> list[tuple[str, FeatureSet, tuple[Entry, ...], list[str]]]:
+        """Those that may be blocked. On x86 without a VMM, which adds rules of its own, they are."""
+        if vmm is not None or report.architecture == words.ARM64 or coverage.unvisited(report):
+            return self._held
+        crowd = self._crowds.get(report.architecture)
+        if crowd is None:
+            sets = [granted for _, granted, _, _ in self._held]
+            crowd = self._crowds[report.architecture] = Crowd(report.architecture, sets)
+        there = report.accepting()
+        raw = there.offer_words
+        unfit = crowd.unfit(there.offer, lambda word: rates.carried_unknown(word, raw))
+        return [self._held[place] for place in sorted(unfit)]
+
+
+def below(report: Report, fence: Fence | None) -> tuple[Blocker, ...]:
+    """What the fence promises and the host of this report does not offer, or cannot be told to show."""
+    if fence is None:
+        return ()
+    found = [reasons.unfit(one, report, "the fence") for one in negotiation.below(report, fence)]
+    found += negotiation.unreachable(fence.granted, report, "the fence")
+    return tuple(reasons.in_order(found))
+
+
+def judge(
+    report: Report, fence: Fence | None, guests: Guests, *, combo: str = "", vmm: str | None = None
+) -> Answer:
+    """The answer on one measured combo: the newest report of it.
+
+    Raises UsageError for a VMM without a definition.
+    """
+    blockers = (*coverage.blockers(report), *below(report, fence))
+    held = guests.blocking(report, vmm) if not coverage.unvisited(report) else ()
+    scope = _scope(report, fence)
+    return Answer(combo or report.combo_digest(), "", (), (), blockers, held, guests.unknown, "", None, scope)
+
+
+def find(
+    running: Mapping[str, Any], asked: Asked, recorded: Sequence[Recorded]
+) -> tuple[list[Recorded], Recorded | None, list[Dimension]]:
+    """The recorded combos that are the asked one; where there is none, the nearest, and in what it differs.
+
+    Several are: the same release built twice. Raises UsageError as combos.Search does.
+    """
+    kernels = [str(one.combo.get("kernel") or "") for one in recorded]
+    search = combos.Search(running, asked, kernels)
+    matching: list[Recorded] = []
+    nearest: tuple[Recorded, list[Dimension]] | None = None
+    for one in recorded:
+        differs = search.differs(one.combo)
+        if not differs:
+            matching.append(one)
+        elif nearest is None or _distance(differs) < _distance(nearest[1]):
+            nearest = one, differs
+    if matching or nearest is None:
+        return matching, None, []
+    return [], *nearest
+
+
+def refuse(
+    asked: Asked,
+    nearest: Recorded | None,
+    differs: Sequence[Dimension],
+    guests: Guests,
+    prediction: Prediction | None = None,
+) -> Answer:
+    """The answer on a combo that was never measured: no, whatever is predicted."""
+    digest = nearest.digest if nearest else ""
+    scope = ("not judged: anything; no measurement was made under that combo",)
+    how = how_to_measure(asked, differs)
+    return Answer("", digest, tuple(differs), (), (), (), guests.unknown, how, prediction, scope)
+
+
+def how_to_measure(asked: Asked, differs: Sequence[Dimension]) -> str:
+    """What has to be done so that a combo can be judged, for people."""
+    names = {one.name for one in differs}
+    software = bool(names) and all(name.startswith("vmms.") for name in names)
+    if software or (asked.vmms and not asked.kernel and not asked.others):
+        return (
+            "install that VMM build beside the one in use, without guests: kvmnegd looks builds up and measures "
+            "again by itself; then ask again"
+        )
+    return (
+        "move the guests away, boot this host under that combo as a CANDIDATE (no guest on it), and let kvmnegd start: "
+        "it measures and records it, and grants nothing that the fence does not hold; then boot back, and ask again"
+    )
+
+
+def changes(running: Mapping[str, Any], there: Mapping[str, Any]) -> tuple[Dimension, ...]:
+    """In what a recorded combo is not the running one: all of this has to be as recorded for an answer to hold."""
+    return tuple(combos.between(running, there))
+
+
+def _distance(differs: Sequence[Dimension]) -> tuple[bool, int]:
+    """Another kernel is the furthest; then the number of dimensions counts."""
+    return any(one.name == "kernel" for one in differs), len(differs)
+
+
+def _scope(report: Report, fence: Fence | None) -> tuple[str, ...]:
+    lines = [_JUDGED if fence else _JUDGED.replace("the pinned fence and ", "")]
+    lines += unmeasured((report,))
+    if fence is None:
+        lines.append(_UNFENCED)
+    if report.architecture == words.ARM64 and not report.registers:
+        lines.append(f"not judged: which registers guests carry, as {report.host} lists none")
+    return (*lines, *_ELSE)
+
+
+class Line(NamedTuple):
+    """One combo in a survey: how many features of the fence it lacks, how many guests it does not accept."""
+
+    digest: str
+    lacking: int
+    guests: int
+
+    @property
+    def allowed(self) -> bool:
+        return not (self.lacking or self.guests)
+
+
+def survey(reports: Iterable[tuple[str, Report]], fence: Fence | None, guests: Guests) -> list[Line]:
+    """Every given combo (its digest, its newest report) in one line each."""
+    found = []
+    for digest, report in reports:
+        lacking = len(coverage.blockers(report)) + len(below(report, fence))
+        found.append(Line(digest, lacking, guests.count(report)))
+    return found
