@@ -14,7 +14,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import applying, asking, checking, emulated, measuring, merging, proving, serving, starting
+from bench import (
+    applying,
+    asking,
+    checking,
+    emulated,
+    measuring,
+    merging,
+    proving,
+    returning,
+    serving,
+    starting,
+)
 from bench.figures import Figure
 
 HERE = Path(__file__).parent
@@ -71,7 +82,18 @@ def main() -> int:
     missed = False
     with tempfile.TemporaryDirectory() as scratch:
         programs = compiled(Path(scratch))
-        for part in (measuring, applying, asking, proving, checking, starting, serving, merging, emulated):
+        for part in (
+            measuring,
+            applying,
+            asking,
+            proving,
+            checking,
+            starting,
+            serving,
+            merging,
+            returning,
+            emulated,
+        ):
             try:
                 for figure in part.figures(programs, state):
                     print(figure.line(), flush=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Crowd:
     """Sets, known by their place in the given sequence, to be held against hosts of one architecture."""
 
-    __slots__ = ("_alone", "_catalog", "_everybody", "_judged", "_odd", "_values", "architecture")
+    __slots__ = ("_alone", "_catalog", "_everybody", "_judged", "_lost", "_odd", "_values", "architecture")
 
     def __init__(self, architecture: str, sets: Sequence[FeatureSet]) -> None:
         self.architecture = architecture
@@ -43,21 +43,24 @@ class Crowd:
                 self._odd.setdefault(word, set()).update(odd)
         # word → value of a host → the sets that do not fit it
         self._judged: dict[str, dict[int, frozenset[int]]] = {word: {} for word in self._values}
+        # word → those that do not fit a host which does not have it
+        lost = ((word, self._judge(word, self._catalog.words[word].bottom)) for word in self._values)
+        self._lost = {word: places for word, places in lost if places}
 
     def unfit(self, host: FeatureSet, ignored: Callable[[str], bool] = lambda word: False) -> frozenset[int]:
         """The sets that do not fit a host; words that are `ignored` do not count."""
         if host.architecture != self.architecture or host.conflicts:
             return self._everybody
         found = self._alone
-        offered, rules = host.words, self._catalog.words
-        for word, judged in self._judged.items():
-            theirs = offered.get(word)
-            if theirs is None:
-                theirs = rules[word].bottom
-            places = judged.get(theirs)
+        offered, judged = host.words, self._judged
+        for word, theirs in offered.items():
+            places = judged[word].get(theirs)
             if places is None:
-                places = judged[theirs] = self._judge(word, theirs)
+                places = judged[word][theirs] = self._judge(word, theirs)
             if places and not ignored(word):
+                found |= places
+        for word, places in self._lost.items():
+            if word not in offered and not ignored(word):
                 found |= places
         return found
 

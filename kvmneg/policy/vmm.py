@@ -140,13 +140,17 @@ def reach(report: Report) -> FeatureSet:
     """
     from kvmneg.features import sanity  # a fence is pinned now and then
 
-    table = catalogs.names(report.architecture)
+    names = catalogs.names(report.architecture)
     found = dict(report.offer_words)
-    for name in definitions.available("vmms"):
-        for change in through(report, name).changes:
-            feature = table.by_name[change.feature]
-            if change.what == GIVEN and feature.rule != rules.OR:
-                found[change.word] = found.get(change.word, 0) | feature.mask
+    for vmm in definitions.available("vmms"):
+        # its own differences alone, without what it takes: an asked fence is held against hundreds of reports
+        table = definitions.vmm(vmm)
+        table = table.get("arm64", {}) if report.architecture == words.ARM64 else table
+        version = _oldest(report, vmm)
+        for row in table.get("gives", ()):
+            for feature in map(names.feature, row["features"]) if _holds(row, report, version) else ():
+                if _matters(feature, GIVEN, row, report) and feature.rule != rules.OR:
+                    found[feature.word] = found.get(feature.word, 0) | feature.mask
     return type(report.offer).of(report.architecture, sanity.sane(report.architecture, found))
 
 
