@@ -22,6 +22,7 @@ import time
 from kvmneg import errors, limits
 from kvmneg.client_fence import FenceCalls, given
 from kvmneg.client_guests import GuestCalls
+from kvmneg.client_rollback import RollbackCalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _EXIT_CODES = {
 }
 
 
-class Client(FenceCalls, GuestCalls):
+class Client(FenceCalls, GuestCalls, RollbackCalls):
     """One connection, made with the first call. Not for several threads at once.
 
     After a failure of the connection (Unreachable) the next call makes a new one; no call is ever sent twice.

@@ -66,7 +66,10 @@ VMM_BUILDS = 64  # VMM binaries whose version is looked up
 QEMU_SECONDS = 10.0  # for an installed QEMU to say what it knows, or to start paused
 HISTORY_ROWS = 1000  # audit records in one reply
 COMBO_ROWS = 1000  # combos ever measured in one reply
+COMBOS_SEARCHED = 100_000  # combos of one host among which an asked one is looked for
 ROLLBACK_COMBOS = 64  # combos that an admin wants to be able to return to
+ROLLBACK_DIMENSIONS = 64  # dimensions of a combo that one question names
+ROLLBACK_SETS = 64  # distinct sets of guests whose reasons one answer tells; the others' guests are named
 
 # guests
 UEVENT_BYTES = 8 * 1024  # the kernel's own limit is 2 KiB of variables (UEVENT_BUFFER_SIZE)

@@ -32,15 +32,24 @@ def options(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    result = of(*(_side(arguments, path) for path in (arguments.a, arguments.b)))
+    if arguments.ignore_vendor:
+        result.ignore_vendor()
+    return tell(result, arguments)
+
+
+def of(a: Document, b: Document) -> Result:
+    """The comparison of two documents."""
     from kvmneg.features.featureset import diff
 
-    a, b = (_side(arguments, path) for path in (arguments.a, arguments.b))
     mixed = a.granted.architecture != b.granted.architecture
     differences = () if mixed else diff(a.granted, b.granted)
     accepting = () if mixed or not (a.report and b.report) else diff(a.accept, b.accept)
-    result = Result(a, b, differences, accepting, _combo(a, b))
-    if arguments.ignore_vendor:
-        result.ignore_vendor()
+    return Result(a, b, differences, accepting, _combo(a, b))
+
+
+def tell(result: Result, arguments: argparse.Namespace) -> int:
+    """Print it; the exit status is 0 where no feature differs."""
     if arguments.json:
         print_json(result.to_json())
     else:

@@ -170,10 +170,21 @@ def judge(
 
     Raises UsageError for a VMM without a definition.
     """
+    negotiation.through(report, vmm)  # a name that nobody knows is a mistake, whether there are guests or not
     blockers = (*coverage.blockers(report), *below(report, fence))
     held = guests.blocking(report, vmm) if not coverage.unvisited(report) else ()
-    scope = _scope(report, fence)
-    return Answer(combo or report.combo_digest(), "", (), (), blockers, held, guests.unknown, "", None, scope)
+    return Answer(
+        combo or report.combo_digest(),
+        "",
+        (),
+        (),
+        blockers,
+        held,
+        guests.unknown,
+        "",
+        None,
+        scope([report], fence),
+    )
 
 
 def find(
@@ -237,13 +248,16 @@ def _distance(differs: Sequence[Dimension]) -> tuple[bool, int]:
     return any(one.name == "kernel" for one in differs), len(differs)
 
 
-def _scope(report: Report, fence: Fence | None) -> tuple[str, ...]:
-    lines = [_JUDGED if fence else _JUDGED.replace("the pinned fence and ", "")]
-    lines += unmeasured((report,))
+def scope(reports: Sequence[Report], fence: Fence | None) -> tuple[str, ...]:
+    """What a yes on these combos is about, and what it is not about."""
+    lines = [_JUDGED if fence else _JUDGED.replace("the pinned fence and ", ""), *unmeasured(reports)]
     if fence is None:
         lines.append(_UNFENCED)
-    if report.architecture == words.ARM64 and not report.registers:
-        lines.append(f"not judged: which registers guests carry, as {report.host} lists none")
+    lines += [
+        f"not judged: which registers guests carry, as {report.host} lists none"
+        for report in reports
+        if report.architecture == words.ARM64 and not report.registers
+    ]
     return (*lines, *_ELSE)
 
 

@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-INTERFACES = (SERVICE, "org.kvmneg", "org.kvmneg.Fence", "org.kvmneg.Guests")
+INTERFACES = (SERVICE, "org.kvmneg", "org.kvmneg.Fence", "org.kvmneg.Guests", "org.kvmneg.Rollback")
 
 
 def get_info() -> dict[str, Any]:

@@ -69,6 +69,21 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
         "Progress": {},
         "Audit": {"limit": "?int", "before": "?int"},
     },
+    "org.kvmneg.Rollback": {
+        "History": {"limit": "?int"},
+        "GetReport": {"combo": "string"},
+        "Add": {"combo": "string", "reason": "string"},
+        "Remove": {"combo": "string", "reason": "string"},
+        "List": {},
+        "Plan": {"combo": "string"},
+        "Check": {
+            "combo": "?string",
+            "kernel": "?string",
+            "vmm": "?string",
+            "dimensions": "?[string]string",
+            "predict": "?bool",
+        },
+    },
 }
 
 _INT = range(-(2**63), 2**64)  # the range UAPI.20 recommends ("Integers")

@@ -27,8 +27,13 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvmneg.service.connection import Connection
+    from kvmneg.service.interfaces import Handler
     from kvmneg.service.node import Node
     from kvmneg.service.varlink import Server
+
+
+# interfaces that are an admin's: the modules with their handlers
+_ROOMS = {"org.kvmneg.Rollback": "kvmneg.service.interfaces_rolls"}
 
 
 class Router(Dispatch):
@@ -80,12 +85,23 @@ class Router(Dispatch):
     def _answer(self, method: str, connection: Connection, checked: dict[str, Any]) -> tuple[bytes, str]:
         """The reply, and the digest of the contract it offers, "" for none."""
         try:
-            answer = self._handlers[method](connection, checked)
+            answer = self._handler(method)(connection, checked)
         except Blocked as no:
             if method not in CACHEABLE:
                 raise
             return error_reply(no.varlink, no.parameters()), ""  # as lasting as a yes
         return reply(answer), answer["digest"] if method == "org.kvmneg.Negotiate" else ""
+
+    def _handler(self, method: str) -> Handler:
+        """The handler of a method that exists; those of a room come with its first call."""
+        found = self._handlers.get(method)
+        if found is None:
+            from importlib import import_module  # a VMM's calls need no room
+
+            room = import_module(_ROOMS[method.rpartition(".")[0]])
+            self._handlers.update(room.handlers(self._node))
+            found = self._handlers[method]
+        return found
 
     def _keep(self, connection: Connection, answer: bytes, digest: str) -> None:
         """Keep a reply and the offer in it for this user too: it is not lost when another one's are."""

@@ -61,6 +61,14 @@ def note(connection: Connection, combo: tuple[str, str | None], report: str, at:
     )
 
 
+def drop(connection: Connection, combo: str, generation: int, audit: Audit) -> bool:
+    """Take a combo out of the roll-back set, with its audit record, in the caller's transaction."""
+    gone = connection.execute("DELETE FROM rolls WHERE combo = ?", (combo,)).rowcount > 0
+    if gone:
+        append(connection, "rollback-remove", generation, audit, {"combo": combo})
+    return gone
+
+
 class Rolls:
     """The combos and the roll-back set of one database. Every call may raise StoreError."""
 
@@ -133,7 +141,4 @@ class Rolls:
     def remove(self, combo: str, generation: int, audit: Audit) -> bool:
         """Take a combo out of the roll-back set; False where it is not in it. Its reports stay."""
         with self._database.changing("change the roll-back set") as connection:
-            gone = connection.execute("DELETE FROM rolls WHERE combo = ?", (combo,)).rowcount > 0
-            if gone:
-                append(connection, "rollback-remove", generation, audit, {"combo": combo})
-        return gone
+            return drop(connection, combo, generation, audit)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""kvmneg migrate check GUEST --to HOST: may a guest move there, and is it an island once it has?"""
+
+from __future__ import annotations
+
+from kvmneg.cli import sources
+from kvmneg.cli.output import Screen, print_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from kvmneg.cli.arguments import Parser
+    from kvmneg.features.report import Report
+    from kvmneg.policy.contract import Contract
+    from kvmneg.policy.fence_text import Fence
+    from kvmneg.policy.moving import Move
+
+
+def options(parser: Parser) -> None:
+    """One verb for now; it has the options of every command too."""
+    from argparse import SUPPRESS
+
+    from kvmneg.cli.arguments import file_name, utf8
+
+    verbs = parser.add_subparsers(metavar="check", required=True)
+    what = "whether another host accepts a guest, and whether the guest stands above its level"
+    verb = verbs.add_parser("check", help=what, description=what, prog="kvmneg migrate check")
+    verb.add_argument("--json", action="store_true", default=SUPPRESS, help="print JSON")
+    verb.add_argument(
+        "--socket", metavar="PATH", type=file_name, default=SUPPRESS, help="the daemon's socket"
+    )
+    verb.add_argument(
+        "guest", metavar="GUEST", type=file_name, help="its contract: a file, or a digest known here"
+    )
+    verb.add_argument(
+        "--to",
+        metavar="HOST",
+        type=file_name,
+        required=True,
+        help="a report file, or the socket of its daemon",
+    )
+    verb.add_argument("--vmm", metavar="NAME", type=utf8, help="what will run the guest there: qemu, …")
+    verb.set_defaults(run=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from kvmneg.errors import Blocked
+    from kvmneg.policy import moving
+
+    guest = _guest(arguments)
+    there, fence = _target(arguments)
+    move = moving.judge(guest, there, fence, arguments.vmm)
+    if not move.allowed:
+        fields = {key: value for key, value in move.to_json().items() if key != "blockers"}
+        raise Blocked(f"the guest may not move to {there.host}", move.blockers, **fields)
+    if arguments.json:
+        print_json(move.to_json())
+    else:
+        _show(Screen(), move, there)
+    return 0
+
+
+def _guest(arguments: argparse.Namespace) -> Contract:
+    """Raises BadInput, NoSuchContract, Unreachable."""
+    from kvmneg.cli import files
+    from kvmneg.errors import BadInput
+
+    if sources.is_digest(arguments.guest):
+        return sources.contract_of_digest(arguments, arguments.guest)[0]
+    found = files.document(arguments.guest)
+    if found.contract is None:
+        raise BadInput(
+            f"a {found.kind}, not a contract", file=arguments.guest, hint="`kvmneg contract` prints them"
+        )
+    return found.contract
+
+
+def _target(arguments: argparse.Namespace) -> tuple[Report, Fence | None]:
+    """The other host's report and, of a daemon, its fence. Raises BadInput, Unreachable, NoKvm."""
+    import os
+    import stat
+
+    from kvmneg.cli import files
+
+    try:
+        is_socket = stat.S_ISSOCK(os.stat(arguments.to).st_mode)
+    except (OSError, ValueError):
+        is_socket = False
+    if not is_socket:
+        return files.report(arguments.to), None
+    from kvmneg.client import Client
+    from kvmneg.features.report import Report
+    from kvmneg.policy.fence_text import Fence
+
+    with Client(arguments.to) as client:
+        host, fence = client.get_host(), client.fence_get()
+    text, generation = fence.get("text"), fence["generation"]
+    where = f"the fence of {arguments.to}"
+    pinned = Fence.parse(text, generation=generation, file=where) if text is not None else None
+    return Report.from_json(host["host"], file=f"the report of {arguments.to}"), pinned
+
+
+def _show(screen: Screen, move: Move, there: Report) -> None:
+    screen.line(f"{screen.good('yes')}: the guest may move to {there.host}")
+    if move.above:
+        names = list(dict.fromkeys(blocker.feature for blocker in move.above))
+        screen.paragraph(
+            f"an island: it has more than {move.level}, and goes on from there only to hosts that have as much",
+            style="warn",
+        )
+        screen.words("above", names)
+    screen.scope(move.scope)
