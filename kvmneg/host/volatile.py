@@ -2,8 +2,9 @@
 """Inputs of a measurement that change without an event, and whether they did.
 
 Module parameters that may be written (vmentry_l1d_flush moves MSR 0x10a), late microcode, SMT, CPUs online,
-the CPUs that this process may use (its cpuset can be changed from outside), a reloaded kvm module or another
-/dev/kvm, a live patch, a suspend. Looking at all of them takes about 0.1 ms, so a daemon can afford it before
+the CPUs that this process may use (its cpuset can be changed from outside), a kvm module that is reloaded, loaded
+besides or about to go, another /dev/kvm, tun or vhost-net, lockdown, a live patch, a suspend, another boot (of a
+process that was frozen and restored). Looking at all of them takes about 0.1 ms, so a daemon can afford it before
 every grant. Nothing is kept open meanwhile: an open /dev/kvm would pin KVM's modules, and an administrator
 could not reload them.
 """
@@ -25,6 +26,9 @@ _CPU = "devices/system/cpu"
 _FILES = (
     f"{_CPU}/smt/control", f"{_CPU}/smt/active", f"{_CPU}/present", f"{_CPU}/online", f"{_CPU}/cpu0/microcode/version",
 )  # fmt: skip
+_LOCKDOWN, _BOOT = "kernel/security/lockdown", "sys/kernel/random/boot_id"
+_DEVICES = ("net/tun", "vhost-net")
+_STATE = "initstate"  # of a module that is loaded: live, coming or going (kernel/module/sysfs.c)
 _WRITABLE = 0o222
 # CLOCK_BOOTTIME runs on while the machine sleeps. Reading two clocks takes microseconds, a suspend a second.
 _SLEPT_NS = 100_000_000
@@ -52,7 +56,12 @@ class Volatile:
         names = module_names(self._roots)
         self._folders = tuple(f"{self._roots.sys}/module/{name}" for name in names)
         writable = (file for folder in self._folders for file in _writable(f"{folder}/parameters"))
-        self._files = (*(f"{self._roots.sys}/{file}" for file in _FILES), *writable)
+        self._files = (
+            *(f"{self._roots.sys}/{file}" for file in (*_FILES, _LOCKDOWN)),
+            f"{self._roots.proc}/{_BOOT}",
+            *(f"{folder}/{_STATE}" for folder in self._folders),
+            *writable,
+        )
         self._marked, self._slept = self._look(), _slept()
         self._looked = time.monotonic()
         self._changed = False
@@ -83,7 +92,8 @@ class Volatile:
             [read(file, 4096) for file in self._files],
             # a module that was reloaded has new folders in sysfs, with new inodes
             [_inode(folder) for folder in self._folders],
-            _inode(self._path),
+            module_names(self._roots),
+            [_inode(path) for path in (self._path, *(f"{self._roots.dev}/{name}" for name in _DEVICES))],
             sorted(listing(f"{self._roots.sys}/kernel/livepatch")),
             os.sched_getaffinity(0),
             msrs,

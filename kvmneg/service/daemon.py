@@ -19,6 +19,7 @@ from kvmneg.service import options, systemd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from kvmneg.features.report import Report
     from kvmneg.service.node import Measurer, Node
     from kvmneg.service.options import Options
     from kvmneg.service.proofs import Prover
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _KEEP_UP_SECONDS = 30.0
 # Not before the calls that wait have their answers.
 _LATER_SECONDS = 1.0
+_TROUBLE = ("unmeasured", "breached", "unreadable")
 _OWN_DESCRIPTORS = 128  # SQLite's, epoll's, and those a measurement opens
 
 
@@ -89,6 +91,7 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
         node.leases.start(server)
         server.after(_LATER_SECONDS, lambda: node.unknown.start(server))
         node.changed.append(lambda: _tell_systemd(node))
+        _tell_changes(server, node)
         _announce(node)
         for one in later:
             one.start(server, node)
@@ -220,8 +223,48 @@ def _raise_descriptor_limit() -> None:
 
 def _announce(node: Node) -> None:
     systemd.ready(_status(node))
-    if node.state in ("unmeasured", "breached", "unreadable"):
+    if node.state in _TROUBLE:
         sys.stderr.write(f"kvmnegd: {_trouble_of(node)}\n")
+
+
+def _tell_changes(server: Server, node: Node) -> None:
+    """What a new measurement changed, and where the fence stands then: into the journal."""
+    last, state = _report_of(node), node.state
+
+    def tell() -> None:
+        nonlocal last, state
+        before, last = last, _report_of(node)
+        if before is last:
+            return
+        from kvmneg.service import changes  # no start needs it
+
+        for line in changes.told(before, last, _why_not(node)):
+            _print_trouble(line)
+        if node.state != state:
+            state = node.state
+            _print_trouble(_trouble_of(node) if state in _TROUBLE else f"state {_status(node)}")
+
+    def tell_of_start() -> None:
+        from kvmneg.service import changes
+
+        for line in changes.at_start(node):
+            _print_trouble(line)
+
+    node.changed.append(tell)
+    if node.news:
+        server.after(_LATER_SECONDS, tell_of_start)
+
+
+def _report_of(node: Node) -> Report | None:
+    return node.report if node.host_digest else None
+
+
+def _why_not(node: Node) -> KvmnegError | None:
+    try:
+        node.report  # noqa: B018 (it raises its reason)
+    except KvmnegError as error:
+        return error
+    return None
 
 
 def _trouble_of(node: Node) -> str:

@@ -70,6 +70,7 @@ class Node(Standing):
         # by digest: the contract offered and the generation it was offered in
         self.offers: Shares[str, tuple[Contract, int, str | None]] = Shares()
         self._unrecorded = False  # the report is not in the store yet
+        self.news = False  # the report was not the one that was recorded last
         self._measurer = measurer
         self._why_not: KvmnegError = NoKvm("not measured yet")
         # Wall time anchored once and counted on: a clock that is set does not move the leases' deadlines,
@@ -111,7 +112,7 @@ class Node(Standing):
 
         body, combo = zlib.compress(report.canonical()), canonical_combo(report.combo).decode()
         try:
-            self.store.record_report(report.digest(), report.combo_digest(), now(), body, combo)
+            self.news = self.store.record_report(report.digest(), report.combo_digest(), now(), body, combo)
         except StoreError as error:
             self._on_trouble(f"this measurement is not recorded: {error}")
         else:

@@ -35,13 +35,13 @@ def caller(uid: int) -> Any:
 
 def test_other_users_guests_are_counted_not_named(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [vm(), vm()]
-    for name, uid in zip(names, (1000, 1001), strict=True):
+    for name, uid in zip(names, (54321, 54322), strict=True):
         peer = caller(uid).peer
         node.begin(node.negotiate(Request(maximum=True), peer).contract.digest, name, peer)
     blocker = Blocker("avx2", "cpuid:0x7.0.ebx", 5, "the contract", "host old", "kvm", "because")
     monkeypatch.setattr("kvmneg.policy.negotiation.accepts", lambda *_, **__: (blocker,))
     check = interfaces_rolls.handlers(node)["org.kvmneg.Rollback.Check"]
-    for uid, told in ((1000, names[:1]), (1001, names[1:]), (1002, []), (0, names)):
+    for uid, told in ((54321, names[:1]), (54322, names[1:]), (54323, []), (0, names)):
         # with a VMM each distinct set is judged by itself
         answer = check(caller(uid), {"combo": "running", "vmm": "qemu"})
         (held,) = answer["guests"]

@@ -235,6 +235,12 @@ class TestVolatile:
             ("sys/devices/system/cpu/online", "0-1\n"),
             ("sys/devices/system/cpu/cpu0/microcode/version", "0x2\n"),
             ("sys/kernel/livepatch/klp_kvm/enabled", "1\n"),
+            ("sys/kernel/security/lockdown", "none integrity [confidentiality]\n"),
+            ("sys/module/kvm_intel/initstate", "going\n"),
+            ("sys/module/kvm_amd/initstate", "live\n"),
+            ("proc/sys/kernel/random/boot_id", "5f0b4a49-9d0e-4a1f-8b3c-4d5e0b9f3c1e\n"),
+            ("dev/net/tun", ""),
+            ("dev/vhost-net", ""),
         ],
     )
     def test_each_file(self, tree: Path, path: str, text: str) -> None:

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What changed between two measurements of this host, as lines for the journal."""
+
+from __future__ import annotations
+
+from kvmneg.features.featureset import diff
+from kvmneg.policy import combos
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmneg.errors import KvmnegError
+    from kvmneg.features.difference import Difference
+    from kvmneg.features.report import Report
+    from kvmneg.service.node import Node
+
+_NAMED = 12  # of each kind in one line; the rest are counted
+_BOOT = "boot"
+
+
+def told(before: Report | None, after: Report | None, why_not: KvmnegError | None = None) -> list[str]:
+    """One line for each kind of change: the inputs, and what is offered no more, besides, or with another value."""
+    if after is None:
+        reason = f": {why_not.message}" if why_not else ""
+        return [f"this host cannot be measured any more{reason}; nothing is granted"] if before else []
+    if before is None:
+        return ["this host is measured again"]
+    lines = []
+    inputs = [
+        f"{one.name} {one.ours or '-'} -> {one.recorded or '-'}"
+        for one in combos.between(before.combo, after.combo)
+    ]
+    if before.combo.get(_BOOT) != after.combo.get(_BOOT):
+        inputs.insert(0, "another boot")
+    if inputs:
+        lines.append(f"this host was measured again, as its inputs changed: {_some(inputs, '; ')}")
+    if before.architecture == after.architecture:
+        lines += _offers(diff(before.offer, after.offer))
+    return lines
+
+
+def at_start(node: Node) -> list[str]:
+    """What is another than when this host was measured last, by whatever daemon. Raises StoreError, BadInput."""
+    from kvmneg.service.rolls import opened  # only where something changed
+
+    last = node.store.rolls.before(node.report.digest()) if node.news else None
+    return told(opened(last, last.at), node.report) if last else []
+
+
+def _offers(rows: Sequence[Difference]) -> list[str]:
+    bits = [row for row in rows if row.width == 1]
+    kinds = (
+        ("it offers no more", [row.feature for row in bits if row.a]),
+        ("it offers besides", [row.feature for row in bits if row.b]),
+        ("it offers otherwise", [f"{row.feature} {row.a:#x} -> {row.b:#x}" for row in rows if row.width > 1]),
+    )
+    return [f"{what}: {_some(names, ' ' if names[0].isalnum() else ', ')}" for what, names in kinds if names]
+
+
+def _some(names: Sequence[str], between: str) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return between.join(names[:_NAMED]) + more
