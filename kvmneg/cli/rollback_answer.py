@@ -26,11 +26,18 @@ def tell(answer: dict[str, Any], *, as_json: bool) -> int:
 
 def _document(answer: dict[str, Any]) -> dict[str, Any]:
     document = sources.snake(answer)
-    document["blockers"] = _rows(answer["blockers"])
-    document["guests"] = [{**held, "blockers": _rows(held["blockers"])} for held in answer["guests"]]
+    document |= _reasons(answer)
+    if answer["prediction"]:
+        document["prediction"] = {**answer["prediction"], **_reasons(answer["prediction"])}
     if not answer["allowed"]:
         document = {"error": {"name": "org.kvmneg.Blocked", "message": _message(answer)}, **document}
     return document
+
+
+def _reasons(part: dict[str, Any]) -> dict[str, Any]:
+    """The reasons of an answer or a prediction, as documents spell them."""
+    guests = [{**held, "blockers": _rows(held["blockers"])} for held in part["guests"]]
+    return {"blockers": _rows(part["blockers"]), "guests": guests}
 
 
 def _rows(blockers: list[dict[str, Any]]) -> list[dict[str, Any]]:

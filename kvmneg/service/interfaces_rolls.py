@@ -139,6 +139,7 @@ def _asked(parameters: dict[str, Any]) -> tuple[Asked, str | None]:
 def _told(answer: Answer, own: set[str] | None) -> dict[str, Any]:
     prediction = answer.prediction.to_json() if answer.prediction else None
     if prediction is not None and answer.prediction is not None:
+        prediction["blockers"] = [blocker.to_varlink() for blocker in answer.prediction.blockers]
         prediction["guests"] = _held(answer.prediction.guests, own)
     return {
         "allowed": answer.allowed,

@@ -107,6 +107,7 @@ def test_every_exit_code_is_on_the_page() -> None:
         limits.WATCHERS,
         limits.LEASES,
         limits.LEASES_PER_UID,
+        limits.ROLLBACK_COMBOS,
         int(limits.FIRST_CALL_SECONDS),
         int(limits.LEASE_UNSTARTED_SECONDS),
     ],
