@@ -37,6 +37,9 @@ _JUDGED = (
     "holds, portable state that they name included"
 )
 _UNFENCED = "not judged: guests that start after this answer; no fence is pinned, and the next may hold more"
+_FLOATING = (
+    "not judged: guests that start once the level rises; no fence is pinned, and it floats within that combo"
+)
 _ELSE = (
     "not judged: machine types and device state of another VMM build, ROM sizes, vhost-user and vDPA back ends, "
     "VFIO, live nested guests, whether firmware and microcode can be brought back",
@@ -164,9 +167,15 @@ def below(report: Report, fence: Fence | None) -> tuple[Blocker, ...]:
 
 
 def judge(
-    report: Report, fence: Fence | None, guests: Guests, *, combo: str = "", vmm: str | None = None
+    report: Report,
+    fence: Fence | None,
+    guests: Guests,
+    *,
+    floor: Fence | None = None,
+    combo: str = "",
+    vmm: str | None = None,
 ) -> Answer:
-    """The answer on one measured combo: the newest report of it.
+    """The answer on one measured combo: the newest report of it. `floor` bounds new guests where no fence is pinned.
 
     Raises UsageError for a VMM without a definition.
     """
@@ -183,7 +192,7 @@ def judge(
         guests.unknown,
         "",
         None,
-        scope([report], fence),
+        scope([report], fence, floor),
     )
 
 
@@ -248,11 +257,12 @@ def _distance(differs: Sequence[Dimension]) -> tuple[bool, int]:
     return any(one.name == "kernel" for one in differs), len(differs)
 
 
-def scope(reports: Sequence[Report], fence: Fence | None) -> tuple[str, ...]:
+def scope(reports: Sequence[Report], fence: Fence | None, floor: Fence | None = None) -> tuple[str, ...]:
     """What a yes on these combos is about, and what it is not about."""
     lines = [_JUDGED if fence else _JUDGED.replace("the pinned fence and ", ""), *unmeasured(reports)]
     if fence is None:
-        lines.append(_UNFENCED)
+        within = floor is not None and not any(below(report, floor) for report in reports)
+        lines.append(_FLOATING if within else _UNFENCED)
     lines += [
         f"not judged: which registers guests carry, as {report.host} lists none"
         for report in reports

@@ -228,11 +228,11 @@ def _announce(node: Node) -> None:
 
 
 def _tell_changes(server: Server, node: Node) -> None:
-    """What a new measurement changed, and where the fence stands then: into the journal."""
-    last, state = _report_of(node), node.state
+    """What a new measurement changed, into the journal. What the fence makes of it kvmneg.service.levels tells."""
+    last = _report_of(node)
 
     def tell() -> None:
-        nonlocal last, state
+        nonlocal last
         before, last = last, _report_of(node)
         if before is last:
             return
@@ -240,9 +240,6 @@ def _tell_changes(server: Server, node: Node) -> None:
 
         for line in changes.told(before, last, _why_not(node)):
             _print_trouble(line)
-        if node.state != state:
-            state = node.state
-            _print_trouble(_trouble_of(node) if state in _TROUBLE else f"state {_status(node)}")
 
     def tell_of_start() -> None:
         from kvmneg.service import changes

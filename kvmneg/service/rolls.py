@@ -87,7 +87,7 @@ class Rolls:
         return found[0]
 
     def report(self, row: ComboRow) -> Report:
-        """The newest report of a combo. Raises StoreError, BadInput."""
+        """The newest report of a combo. Raises StoreError."""
         return self._load(row)
 
     def members(self) -> list[RollRow]:
@@ -128,7 +128,7 @@ class Rolls:
             raise Blocked(
                 f"{report.host} offers less than fence generation {fence.generation} promises",
                 blockers,
-                hint="`kvmneg rollback add --plan` prints the fence without these; lower it with `kvmneg fence lower`",
+                hint="`kvmneg rollback add --plan` prints the fence without these, for `kvmneg fence lower --from`",
             )
         changed = self._node.store.rolls.add(row.digest, self._node.generation, audit)
         self._moved(changed)
@@ -157,11 +157,18 @@ class Rolls:
         reports = [(row.digest, self._load(row)) for _, row in members]
         lines = roll.survey(reports, fence, guests)
         rows = [Standing(*member, line) for member, line in zip(members, lines, strict=True)]
-        return rows, roll.scope([report for _, report in reports], fence)
+        return rows, roll.scope([report for _, report in reports], fence, self._node.floor)
 
     def _moved(self, changed: bool) -> None:
-        """Replies that are kept rest on the ceiling, which the roll-back set bounds."""
-        for function in self._node.changed if changed else ():
+        """The ceiling is another one: a level that floats goes with it, and kept replies rest on it."""
+        node = self._node
+        if not changed:
+            return
+        if node.last_report is not None and node.fence is None:
+            from kvmneg.service import levels
+
+            levels.settle(node, node.last_report, roll_changed=True)
+        for function in node.changed:
             function()
 
     # -- may it go back? --------------------------------------------------------------------------
@@ -203,7 +210,7 @@ class Rolls:
         self, row: ComboRow, running: Report, fence: Fence | None, guests: roll.Guests, vmm: str | None
     ) -> roll.Answer:
         there = self._load(row)
-        answer = roll.judge(there, fence, guests, combo=row.digest, vmm=vmm)
+        answer = roll.judge(there, fence, guests, floor=self._node.floor, combo=row.digest, vmm=vmm)
         return answer._replace(changes=roll.changes(running.combo, self.combo(row)))
 
     def holdings(self) -> list[Holding]:
@@ -239,16 +246,10 @@ class Rolls:
 
 
 def opened(stored: ReportRow, at: str) -> Report:
-    """A stored report; `at` is when its combo was recorded last. Raises StoreError, BadInput."""
-    import zlib
+    """A stored report; `at` is when its combo was recorded last. Raises StoreError."""
+    from kvmneg.service import levels  # which opens them for the ceiling
 
-    from kvmneg.features.report import Report
-
-    try:
-        data = zlib.decompress(stored.body)
-    except zlib.error as error:
-        raise StoreError(f"report {stored.digest} cannot be read: {error}") from error
-    report = Report.loads(data, file=f"report {stored.digest}")
+    report = levels.opened(stored)
     kernel = report.combo.get("kernel") or "a kernel that is not known"
     report.measured = {"host": f"this host under {kernel}", "at": at, "source": "recorded"}
     return report

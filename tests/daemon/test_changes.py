@@ -80,7 +80,7 @@ def host(tree: Path) -> Watched:
 @pytest.fixture
 def node(host: Watched, tmp_path: Path) -> Iterator[Node]:
     with SqliteStore(str(tmp_path / "state"), verify=lambda text: Fence.parse(text).digest) as store:
-        yield Node(store, host, ContractFiles(str(tmp_path / "contracts")))
+        yield Node(store, host, ContractFiles(str(tmp_path / "contracts")), daemon._print_trouble)
 
 
 def reload_module(tree: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_running_daemon_tells_each_change(
     INPUTS["microcode"](tree)
     node.refresh(fresh=True)
     told = capsys.readouterr().err
-    assert "microcode" in told and "avx2" in told and "less than the pinned fence" in told
+    assert "microcode" in told and "avx2" in told and "offers less than fence generation 1" in told
     host.error = NoKvm("kvm_amd is not loaded")
     INPUTS["unload"](tree)
     node.refresh(fresh=True)
@@ -258,4 +258,4 @@ def test_a_running_daemon_tells_each_change(
     host.change("offer", "cpuid:0x7.0.ebx", Host().document["offer"]["cpuid:0x7.0.ebx"])
     INPUTS["reload"](tree)
     node.refresh(fresh=True)
-    assert "state pinned" in capsys.readouterr().err
+    assert "offers again what fence generation 1 promises" in capsys.readouterr().err

@@ -101,7 +101,10 @@ def test_before_the_fence_there_is_no_way_back(booted: Host) -> None:
     with booted.client() as client:
         empty = client.rollback_check(kernel=kernel)
         assert empty["allowed"] and empty["combo"] == booted.old.combo_digest()
-        assert any("no fence is pinned" in line for line in empty["scope"])
+        client.fence_unpin("let the new kernel's features in")  # it floated where the old kernel was
+        empty = client.rollback_check(kernel=kernel)
+        assert empty["allowed"]
+        assert any("no fence is pinned, and the next may hold more" in line for line in empty["scope"])
         digest = booted.start(client, one)
         answer = client.rollback_check(kernel=kernel)
         assert not answer["allowed"] and answer["measured"] and answer["blockers"] == []
@@ -135,6 +138,18 @@ def test_once_the_fence_is_pinned_both_ways_are_open(booted: Host) -> None:
         assert client.rollback_remove(old, "done")["changed"] is True
         assert client.rollback_remove(old, "done")["changed"] is False
         assert client.rollback_list()["entries"] == []
+
+
+def test_a_level_that_floats_stays_within_the_roll_back_set(amd: Host) -> None:
+    """Without a fence too: what is in the set bounds new guests, so that they can go back."""
+    old = amd.old.combo_digest()
+    with amd.client() as client:
+        client.fence_unpin("let the new kernel's features in")
+        assert client.rollback_add(old, "stay able to go back")["changed"]
+        amd.start(client, vm())
+        answer = client.rollback_check(old)
+        assert answer["allowed"], answer
+        assert any("it floats within that combo" in line for line in answer["scope"])
 
 
 def test_a_combo_below_the_fence_is_refused_with_a_plan(booted: Host) -> None:
@@ -229,6 +244,7 @@ def test_the_commands(amd: Host, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0 and "as recorded" in told and "not judged" in told
     one = vm()
     with amd.client() as client:
+        client.fence_unpin("let the new kernel's features in")
         amd.start(client, one)
     status, told = amd.run(capsys, "rollback", "check", "--to", old[:20])
     assert status == 1 and one in told and "flushbyasid" in told
@@ -255,9 +271,10 @@ def test_moving_to_another_daemon(amd: Host, capsys: pytest.CaptureFixture[str],
     fence = rollback.judge(amd.new, amd.old).fence
     assert fence is not None
     with amd.client() as client:
-        high = amd.start(client, vm())
-        low = tmp_path / "low.fence"
-        low.write_text(fence.text(), "utf-8")
+        client.fence_unpin("let the new kernel's features in")
+        one = vm()
+        high = amd.start(client, one)
+        client.end(one)
         client.fence_pin(text=fence.text(), reason="r")
         within = amd.start(client, vm())
     old = str(HOSTS / "amd-6.1.max.json")
@@ -265,7 +282,7 @@ def test_moving_to_another_daemon(amd: Host, capsys: pytest.CaptureFixture[str],
     assert status == 1 and "flushbyasid" in told
     assert amd.run(capsys, "migrate", "check", within, "--to", old)[0] == 0
     status, told = amd.run(capsys, "migrate", "check", high, "--to", amd.daemon.socket)
-    assert status == 0 and "an island" in told and "fence generation 1" in told
+    assert status == 0 and "an island" in told and "fence generation 2" in told
     status, told = amd.run(capsys, "--json", "migrate", "check", within, "--to", amd.daemon.socket)
     assert status == 0 and json.loads(told)["island"] is None
     assert amd.run(capsys, "migrate", "check", old, "--to", old)[0] == 5
