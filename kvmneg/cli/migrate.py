@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     import argparse
 
     from kvmneg.cli.arguments import Parser
+    from kvmneg.features.featureset import FeatureSet
     from kvmneg.features.report import Report
-    from kvmneg.policy.contract import Contract
     from kvmneg.policy.fence_text import Fence
     from kvmneg.policy.moving import Move
+    from kvmneg.policy.portable import Entry
 
 
 def options(parser: Parser) -> None:
@@ -31,7 +32,10 @@ def options(parser: Parser) -> None:
         "--socket", metavar="PATH", type=file_name, default=SUPPRESS, help="the daemon's socket"
     )
     verb.add_argument(
-        "guest", metavar="GUEST", type=file_name, help="its contract: a file, or a digest known here"
+        "guest",
+        metavar="GUEST",
+        type=file_name,
+        help="its UUID, or its contract: a file, or a digest known here",
     )
     verb.add_argument(
         "--to",
@@ -48,9 +52,9 @@ def _check(arguments: argparse.Namespace) -> int:
     from kvmneg.errors import Blocked
     from kvmneg.policy import moving
 
-    guest = _guest(arguments)
+    granted, portable = _guest(arguments)
     there, fence = _target(arguments)
-    move = moving.judge(guest, there, fence, arguments.vmm)
+    move = moving.judge(granted, there, fence, arguments.vmm, portable=portable)
     if not move.allowed:
         fields = {key: value for key, value in move.to_json().items() if key != "blockers"}
         raise Blocked(f"the guest may not move to {there.host}", move.blockers, **fields)
@@ -61,19 +65,46 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _guest(arguments: argparse.Namespace) -> Contract:
-    """Raises BadInput, NoSuchContract, Unreachable."""
+def _guest(arguments: argparse.Namespace) -> tuple[FeatureSet, tuple[Entry, ...]]:
+    """What the guest holds, and on arm64 its registers. Raises BadInput, NoSuchContract, UsageError, Unreachable."""
+    import os
+
     from kvmneg.cli import files
     from kvmneg.errors import BadInput
 
-    if sources.is_digest(arguments.guest):
-        return sources.contract_of_digest(arguments, arguments.guest)[0]
-    found = files.document(arguments.guest)
+    name = arguments.guest
+    if sources.is_digest(name):
+        contract = sources.contract_of_digest(arguments, name)[0]
+        return contract.granted, contract.portable
+    if _is_uuid(name) and not os.path.exists(name):
+        return _running(arguments, name)
+    found = files.document(name)
     if found.contract is None:
-        raise BadInput(
-            f"a {found.kind}, not a contract", file=arguments.guest, hint="`kvmneg contract` prints them"
-        )
-    return found.contract
+        raise BadInput(f"a {found.kind}, not a contract", file=name, hint="`kvmneg contract` prints them")
+    return found.contract.granted, found.contract.portable
+
+
+def _is_uuid(text: str) -> bool:
+    return [len(part) for part in text.split("-")] == [8, 4, 4, 4, 12]
+
+
+def _running(arguments: argparse.Namespace, vm: str) -> tuple[FeatureSet, tuple[Entry, ...]]:
+    """What a VM here holds: the set that its VMM reported, until then its contract's."""
+    from kvmneg.errors import UsageError
+
+    guests = sources.call(arguments, "org.kvmneg.Guests.List")["guests"]
+    guest = next((one for one in guests if one["vm"] == vm.lower()), None)
+    if guest is None:
+        raise UsageError(f"VM {vm} holds no contract here", hint="`kvmneg guests` lists those that do")
+    contract = sources.contract_of_digest(arguments, guest["digest"])[0]
+    if not guest["reported"]:
+        return contract.granted, contract.portable
+    from kvmneg.features import words
+    from kvmneg.features.featureset import FeatureSet
+
+    holds = sources.call(arguments, "org.kvmneg.Guests.Get", vm=vm)["holds"]
+    values = {word: words.parse_value(word, text) for word, text in holds.items()}
+    return FeatureSet.of(contract.architecture, values), contract.portable
 
 
 def _target(arguments: argparse.Namespace) -> tuple[Report, Fence | None]:

@@ -62,7 +62,7 @@ class Volatile:
             *(f"{folder}/{_STATE}" for folder in self._folders),
             *writable,
         )
-        self._marked, self._slept = self._look(), _slept()
+        self._marked, self._slept = self._look(names), _slept()
         self._looked = time.monotonic()
         self._changed = False
 
@@ -82,8 +82,8 @@ class Volatile:
         self._changed = abs(_slept() - self._slept) > _SLEPT_NS or self._look() != self._marked
         return self._changed
 
-    def _look(self) -> object:
-        """Everything that is compared, in one value."""
+    def _look(self, modules: list[str] | None = None) -> object:
+        """Everything that is compared, in one value; `modules` are KVM's, where they were looked for already."""
         try:
             msrs = self._msrs(self._path)
         except KvmnegError as error:
@@ -92,7 +92,7 @@ class Volatile:
             [read(file, 4096) for file in self._files],
             # a module that was reloaded has new folders in sysfs, with new inodes
             [_inode(folder) for folder in self._folders],
-            module_names(self._roots),
+            module_names(self._roots) if modules is None else modules,
             [_inode(path) for path in (self._path, *(f"{self._roots.dev}/{name}" for name in _DEVICES))],
             sorted(listing(f"{self._roots.sys}/kernel/livepatch")),
             os.sched_getaffinity(0),

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvmneg.features.difference import Blocker
+    from kvmneg.features.featureset import FeatureSet
     from kvmneg.features.report import Report
-    from kvmneg.policy.contract import Contract
     from kvmneg.policy.fence_text import Fence
+    from kvmneg.policy.portable import Entry
 
 _JUDGED = "judged: the guest's contract against what {there} accepts"
 _BY = ", and against what {vmm} there accepts"
@@ -56,16 +57,24 @@ class Move(NamedTuple):
         }
 
 
-def judge(guest: Contract, there: Report, fence: Fence | None = None, vmm: str | None = None) -> Move:
+def judge(
+    granted: FeatureSet,
+    there: Report,
+    fence: Fence | None = None,
+    vmm: str | None = None,
+    *,
+    portable: tuple[Entry, ...] = (),
+) -> Move:
     """Whether a guest may move to the host of a report, whose pool is pinned at `fence`, None: floats at its offer.
 
-    Raises UsageError for a VMM without a definition.
+    `granted` is what the guest holds, `portable` what its contract says of registers (arm64). Raises UsageError for a
+    VMM without a definition.
     """
-    blockers = negotiation.check(guest, there, vmm)
+    blockers = negotiation.accepts(granted, there, vmm, portable=portable)
     level = f"fence generation {fence.generation}" if fence else f"what {there.host} offers to new guests"
     top = fence.granted if fence else there.offer
-    mixed = guest.architecture != there.architecture
-    above = () if mixed else leases.exceeding(guest.granted, top, level)
+    mixed = granted.architecture != there.architecture
+    above = () if mixed else leases.exceeding(granted, top, level)
     return Move(blockers, above, level, _scope(there, vmm))
 
 

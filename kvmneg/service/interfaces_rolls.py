@@ -7,7 +7,8 @@ from kvmneg import limits
 from kvmneg.errors import LimitExceeded
 from kvmneg.policy.combos import Asked
 from kvmneg.service.authorization import is_admin
-from kvmneg.service.interfaces import audit_of, that_fit
+from kvmneg.service.interfaces import audit as audit_of
+from kvmneg.service.interfaces import that_fit
 from kvmneg.service.rolls import Rolls
 
 TYPE_CHECKING = False
@@ -119,7 +120,7 @@ class RollHandlers:
         """The VMs that a caller may be told of by name, None: all."""
         if is_admin(peer):
             return None
-        return {holding.vm for holding in self._rolls.holdings() if holding.uid == peer.uid}
+        return {holding.vm for holding in self._node.leases.holdings() if holding.uid == peer.uid}
 
 
 def _asked(parameters: dict[str, Any]) -> tuple[Asked, str | None]:

@@ -11,19 +11,20 @@ import json
 
 from kvmneg import limits
 from kvmneg.errors import Blocked, LimitExceeded, StoreError, UsageError
+from kvmneg.features import words
 from kvmneg.policy import coverage, roll
 from kvmneg.policy.combos import Asked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
     from typing import Any
 
     from kvmneg.features.report import Report
-    from kvmneg.policy.contract import Contract
     from kvmneg.policy.fence_text import Fence
     from kvmneg.policy.leases import Holding
     from kvmneg.policy.lowering import Lowering
+    from kvmneg.policy.portable import Entry
     from kvmneg.service.node import Node
     from kvmneg.store.interface import Audit, ReportRow
     from kvmneg.store.rolls import ComboRow, RollRow
@@ -45,13 +46,12 @@ class Standing:
 
 
 class Rolls:
-    """Those of one node. `unknown` names the guests of which nobody knows what they hold."""
+    """Those of one node."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self._reports: dict[str, Report] = {}  # by digest: what was measured does not change
-        self._contracts: dict[str, Contract] = {}
-        self.unknown: Callable[[], Sequence[str]] = tuple
+        self._carried: dict[str, tuple[Entry, ...]] = {}  # by digest of a contract that is held
 
     # -- records ----------------------------------------------------------------------------------
 
@@ -213,36 +213,26 @@ class Rolls:
         answer = roll.judge(there, fence, guests, floor=self._node.floor, combo=row.digest, vmm=vmm)
         return answer._replace(changes=roll.changes(running.combo, self.combo(row)))
 
-    def holdings(self) -> list[Holding]:
-        """What each outstanding contract's VM holds."""
-        from kvmneg.policy.leases import BEGUN, RUNNING, Holding
-
-        store = self._node.store
-        grants = store.outstanding()
-        known = {grant.digest for grant in grants}
-        self._contracts = {digest: one for digest, one in self._contracts.items() if digest in known}
-        if known - self._contracts.keys():
-            from kvmneg.policy.contract import Contract
-
-            for digest, body in store.contracts_outstanding():
-                if digest not in self._contracts:
-                    self._contracts[digest] = Contract.from_binary(body, file=digest)
-        return [
-            Holding(
-                grant.vm,
-                _PREFIX + grant.digest,
-                self._contracts[grant.digest].granted,
-                RUNNING if grant.state == "started" else BEGUN,
-                grant.uid,
-            )
-            for grant in grants
-        ]
-
     def guests(self) -> roll.Guests:
-        """All guests of this host, each distinct set once."""
-        holdings = self.holdings()
-        registers = {_PREFIX + digest: one.portable for digest, one in self._contracts.items()}
-        return roll.Guests(holdings, self.unknown(), registers)
+        """All guests of this host, each distinct set once; those that never asked are unknown."""
+        from kvmneg.service import levels
+
+        holdings = levels.holdings(self._node)
+        registers = self._registers(holdings) if self._node.report.architecture == words.ARM64 else {}
+        return roll.Guests(holdings, registers=registers)
+
+    def _registers(self, holdings: list[Holding]) -> dict[str, tuple[Entry, ...]]:
+        """What becomes of each register, by the digest of each contract that is held."""
+        from kvmneg.policy.contract import Contract  # of arm64 guests
+
+        kept = self._carried
+        self._carried = {
+            holding.digest: kept.get(holding.digest, ()) for holding in holdings if holding.digest
+        }
+        for digest in self._carried.keys() - kept.keys():
+            body = self._node.store.leases.contract(digest.removeprefix(_PREFIX)) or b""
+            self._carried[digest] = Contract.from_binary(body, file=digest).portable
+        return self._carried
 
 
 def opened(stored: ReportRow, at: str) -> Report:

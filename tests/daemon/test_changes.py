@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 AUDIT = Audit(0, 1, "2026-11-21T06:00:00Z", "first light", "kvmneg")
 VM = "3e4c2f6a-9d3b-4c1e-8a57-2f0d6b1c9e11"
 PEER: Any = SimpleNamespace(uid=54321, pid=7, groups=frozenset())
+CALLER: Any = SimpleNamespace(peer=PEER, held=False)
 HOSTS = Path(__file__).parents[1] / "data/hosts"
 
 
@@ -120,11 +121,11 @@ def test_nothing_is_granted_until_it_was_measured_again(
     else:
         INPUTS[kind](tree)
     with pytest.raises(Breached) as no:
-        node.begin(offer.digest, VM, PEER)
+        node.begin(offer.digest, VM, CALLER)
     assert "avx2" in {blocker.feature for blocker in no.value.blockers}
     assert host.measured == measured + 1
     assert node.state == "breached" and node.fence is not None and node.fence.granted.field("avx2")
-    assert node.store.outstanding() == []
+    assert node.store.leases.outstanding() == []
 
 
 @pytest.mark.parametrize("kind", INPUTS)
@@ -135,14 +136,14 @@ def test_a_host_that_cannot_be_measured_again_grants_nothing(
     host.error = NoKvm("kvm_amd is not loaded")
     INPUTS[kind](tree)
     with pytest.raises(NoKvm):
-        node.begin(offer.digest, VM, PEER)
-    assert node.state == "unmeasured" and node.store.outstanding() == []
+        node.begin(offer.digest, VM, CALLER)
+    assert node.state == "unmeasured" and node.store.leases.outstanding() == []
 
 
 def test_where_nothing_happened_nothing_is_measured(node: Node, host: Watched) -> None:
     offer = node.negotiate(Request(maximum=True), PEER).contract
     measured = host.measured
-    node.begin(offer.digest, VM, PEER)
+    node.begin(offer.digest, VM, CALLER)
     assert host.measured == measured
 
 

@@ -276,11 +276,15 @@ def test_moving_to_another_daemon(amd: Host, capsys: pytest.CaptureFixture[str],
         high = amd.start(client, one)
         client.end(one)
         client.fence_pin(text=fence.text(), reason="r")
-        within = amd.start(client, vm())
+        running = vm()
+        within = amd.start(client, running)
     old = str(HOSTS / "amd-6.1.max.json")
     status, told = amd.run(capsys, "migrate", "check", high, "--to", old)
     assert status == 1 and "flushbyasid" in told
-    assert amd.run(capsys, "migrate", "check", within, "--to", old)[0] == 0
+    for guest in (within, running, running.upper()):
+        assert amd.run(capsys, "migrate", "check", guest, "--to", old)[0] == 0
+    status, told = amd.run(capsys, "migrate", "check", one, "--to", old)
+    assert status == 2 and "holds no contract" in told
     status, told = amd.run(capsys, "migrate", "check", high, "--to", amd.daemon.socket)
     assert status == 0 and "an island" in told and "fence generation 2" in told
     status, told = amd.run(capsys, "--json", "migrate", "check", within, "--to", amd.daemon.socket)
