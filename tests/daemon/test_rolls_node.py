@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmneg import limits
-from kvmneg.errors import KvmnegError, NotPermitted
+from kvmneg.errors import KvmnegError, NotPermitted, StoreError
 from kvmneg.features.difference import Blocker
 from kvmneg.policy import roll
+from kvmneg.policy.combos import Asked
 from kvmneg.policy.request import Request
 from kvmneg.service import interfaces_rolls, rolls
 from kvmneg.service.router import Router
 from kvmneg.store.interface import Audit
+
+from .conftest import Host
 
 if TYPE_CHECKING:
     from kvmneg.service.node import Node
@@ -94,3 +97,48 @@ def test_a_room_comes_with_its_first_call(node: Node) -> None:
     router = Router(node)
     assert not any(method.startswith("org.kvmneg.Rollback") for method in router._handlers)
     assert router._handler("org.kvmneg.Rollback.List") == router._handler("org.kvmneg.Rollback.List")
+
+
+def test_records_of_the_first_kvmneg_and_damaged_ones(node: Node) -> None:
+    """A combo without a document is read from its report; what cannot be read is a fault of the store, told."""
+    room = rolls.Rolls(node)
+    connection = node.store._database.connection  # type: ignore[attr-defined]
+    connection.execute("UPDATE combos SET document = NULL")
+    (row,) = room.history(9)
+    assert room.combo(row)["kernel"] == node.report.combo["kernel"]
+    history = interfaces_rolls.handlers(node)["org.kvmneg.Rollback.History"]
+    assert history(caller(1), {})["entries"][0]["kernel"] == node.report.combo["kernel"]
+    connection.execute("UPDATE combos SET document = '{'")
+    with pytest.raises(StoreError, match="cannot be read"):
+        history(caller(1), {})
+    connection.execute("DROP TRIGGER reports_update")
+    connection.execute("UPDATE reports SET body = x'00'")
+    with pytest.raises(StoreError, match="cannot be read"):
+        rolls.Rolls(node).check("running", Asked(), None, predict=False)
+
+
+def test_a_release_that_was_built_twice_is_allowed_where_both_are(node: Node, host: Any) -> None:
+    """Who asks for a kernel by its release may boot either build."""
+    release = node.report.combo["kernel"]
+    host.change("combo", "build", "#2 SMP, the one without AVX2")
+    host.lose("cpuid:0x7.0.ebx", 1 << 5)
+    node.measure()
+    less = node.combo_digest
+    host.document = Host().document
+    host.change("combo", "kernel", "7.3.4-amd64")
+    node.measure()
+    room = rolls.Rolls(node)
+    assert room.check(None, Asked(kernel=release), None, predict=False).allowed
+    node.pin("host", None, None, AUDIT)
+    answer = room.check(None, Asked(kernel=release), None, predict=False)
+    assert (answer.combo, answer.allowed) == (less, False)
+    assert "avx2" in {blocker.feature for blocker in answer.blockers}
+    asked = Asked(kernel=release, others=(("build", Host().document["combo"]["build"]),))
+    assert room.check(None, asked, None, predict=False).allowed
+
+
+def test_a_vmm_without_rules_of_its_own_is_a_dimension(node: Node) -> None:
+    check = interfaces_rolls.handlers(node)["org.kvmneg.Rollback.Check"]
+    answer = check(caller(0), {"vmm": "bhyve-1.0"})
+    assert [row["dimension"] for row in answer["differs"]] == ["vmms.bhyve.version"]
+    assert "install that VMM build" in answer["how"]
