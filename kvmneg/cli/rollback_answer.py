@@ -88,7 +88,10 @@ def _show_unmeasured(screen: Screen, answer: dict[str, Any]) -> None:
 
 
 def _show_dimensions(screen: Screen, rows: list[dict[str, Any]], ours: str) -> None:
-    for row in rows:
+    from kvmneg.policy.combos import for_people
+
+    found = {row["dimension"]: row for row in rows}
+    for row in map(found.__getitem__, for_people(list(found))):
         sides = ((ours, row["asked"]), ("recorded", row["recorded"]))
         words = [f"{side} {'-' if value is None else value or 'empty'}" for side, value in sides]
         screen.words(row["dimension"], ", ".join(words).split(" "), column=24)

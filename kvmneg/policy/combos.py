@@ -110,6 +110,15 @@ def between(ours: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[Dimens
     ]
 
 
+def for_people(names: Sequence[str]) -> list[str]:
+    """The dimensions without builds of a kernel and its modules, where the kernel differs: they tell nothing then."""
+    if "kernel" not in names:
+        return list(names)
+    return [
+        name for name in names if name != _BUILD and not (name.startswith(_MODULES) and name.count(".") == 1)
+    ]
+
+
 class Search:
     """The asked combo, to be found among the recorded ones: `running` with the changes made.
 

@@ -27,9 +27,10 @@ def told(before: Report | None, after: Report | None, why_not: KvmnegError | Non
     if before is None:
         return ["this host is measured again"]
     lines = []
+    found = {one.name: one for one in combos.between(before.combo, after.combo)}
     inputs = [
-        f"{one.name} {one.ours or '-'} -> {one.recorded or '-'}"
-        for one in combos.between(before.combo, after.combo)
+        f"{name} {found[name].ours or '-'} -> {found[name].recorded or '-'}"
+        for name in combos.for_people(list(found))
     ]
     if before.combo.get(_BOOT) != after.combo.get(_BOOT):
         inputs.insert(0, "another boot")

@@ -109,7 +109,10 @@ class Rolls:
                 raise StoreError(f"the report of combo {row.digest} is gone")
             if len(self._reports) > limits.ROLLBACK_COMBOS:
                 self._reports.clear()
-            found = self._reports[row.report] = opened(stored, row.last_at)
+            here = self._node.last_report
+            found = self._reports[row.report] = opened(
+                stored, row.last_at, here.host if here else "this host"
+            )
         return found
 
     # -- the roll-back set ------------------------------------------------------------------------
@@ -235,11 +238,11 @@ class Rolls:
         return self._carried
 
 
-def opened(stored: ReportRow, at: str) -> Report:
-    """A stored report; `at` is when its combo was recorded last. Raises StoreError."""
+def opened(stored: ReportRow, at: str, host: str = "this host") -> Report:
+    """A stored report of a host; `at` is when its combo was recorded last. Raises StoreError."""
     from kvmneg.service import levels  # which opens them for the ceiling
 
     report = levels.opened(stored)
     kernel = report.combo.get("kernel") or "a kernel that is not known"
-    report.measured = {"host": f"this host under {kernel}", "at": at, "source": "recorded"}
+    report.measured = {"host": f"{host} under {kernel}", "at": at, "source": "recorded"}
     return report

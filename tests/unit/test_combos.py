@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvmneg.errors import UsageError
-from kvmneg.policy.combos import Asked, Search, between
+from kvmneg.policy.combos import Asked, Search, between, for_people
 
 OLD, NEW = "6.1.0-50-amd64", "6.12.107+deb13-amd64"
 
@@ -130,3 +130,9 @@ def test_between_two_recorded_ones_everything_counts() -> None:
         one.describe() for one in between(combo(), combo(OLD))
     ]
     assert between(combo(), combo(boot="another")) == []
+
+
+def test_people_are_spared_what_a_kernel_brings_along() -> None:
+    names = ["kernel", "build", "microcode", "modules.kvm", "modules.kvm_amd.nested", "vmms.qemu.build"]
+    assert for_people(names) == ["kernel", "microcode", "modules.kvm_amd.nested", "vmms.qemu.build"]
+    assert for_people(names[1:]) == names[1:]
