@@ -158,25 +158,45 @@ def _judge(node: Standing, report: Report) -> None:
 
 
 def _float(node: Standing, report: Report, roll_changed: bool) -> None:
-    """E stays where it was, or falls to what the host offers now; where the host offers just E, nothing is bounded."""
+    """E stays where it was, or falls to what the host offers now; where the host offers just E, nothing is bounded.
+
+    It is a level of what KVM offers. What VMMs give by themselves floats with them: a build whose version is looked up
+    only after the start would else take from the level what it gives, for good.
+    """
     row = node.store.level()
     before = _remembered(node, row)
     if before is None or (row.report == report.digest() and not roll_changed):
         node.floats(None)
         return
-    running = measured(report)
-    host = Member(report.host, MEMBER, running, fresh=True, roll=roll(node))
+    running = _of_kvm(report)
+    back = tuple(_of_kvm(one.report) for one in roll(node) if one.report is not None)
+    host = Member(report.host, MEMBER, running, fresh=True, roll=back)
     step = pooling.measured(Level(node.generation, floor=before, members=(host,)), report.host, running, 1)
     found, action = step.level.floor or before, step.action
     if report.architecture == words.ARM64:
         found, action = _shown(found, report, action)
     same = not held_back(step.level._replace(floor=found, members=(host._replace(roll=()),)))
-    node.floats(None if same else Fence(found, node.generation, floating=True))
+    node.floats(None if same else Fence(_with_given(found, report), node.generation, floating=True))
     if action or same:
         digest = report.digest() if same else ""
         told: dict[str, Any] = {**step.detail, "before": before.digest(), "digest": found.digest()}
         audit = daemon_audit("a measurement")
         node.store.levels.floats_at(digest, Fence(found).text(), action, detail=told, audit=audit)
+
+
+def _of_kvm(report: Report) -> Measured:
+    """What KVM offers, whatever the VMM."""
+    return Measured(report.combo_digest(), report.host, report.offer)
+
+
+def _with_given(level: FeatureSet, report: Report) -> FeatureSet:
+    """A level of what KVM offers, with what the VMMs of this host give by themselves."""
+    found = dict(level.words)
+    for word, value in vmms.reach(report).words.items():
+        given = value & ~report.offer.value(word)
+        if given:
+            found[word] = level.value(word) | given
+    return FeatureSet.of(level.architecture, found)
 
 
 def _remembered(node: Standing, row: LevelRow) -> FeatureSet | None:
@@ -193,7 +213,7 @@ def _remembered(node: Standing, row: LevelRow) -> FeatureSet | None:
                 f"the level of this host cannot be read: {error}", hint=hint, generation=node.generation
             ) from error
     recorded = node.store.report(row.report) if row.report else None
-    return vmms.reach(opened(recorded)) if recorded is not None else None
+    return opened(recorded).offer if recorded is not None else None
 
 
 def _shown(level: FeatureSet, report: Report, action: str) -> tuple[FeatureSet, str]:
@@ -211,5 +231,5 @@ def _shown(level: FeatureSet, report: Report, action: str) -> tuple[FeatureSet, 
         found[feature.word] = found.get(feature.word, level.value(feature.word)) & ~feature.mask | own
     risen = FeatureSet.of(words.ARM64, found)
     if levelling.unreachable(risen, report, "the level"):
-        risen = vmms.reach(report)
+        risen = report.offer
     return risen, "level-shown"

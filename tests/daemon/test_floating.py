@@ -11,7 +11,7 @@ import pytest
 
 from kvmneg import limits
 from kvmneg.errors import Blocked, GuestsAbove, HostsMissing, NoKvm, NotPinned, StaleOffer, StoreError
-from kvmneg.features.featureset import fits
+from kvmneg.features.featureset import diff, fits
 from kvmneg.policy import leases
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
@@ -88,6 +88,27 @@ def test_another_kernel_that_offers_the_same_changes_nothing(node: Node, host: H
     host.change("combo", "kernel", "6.1.0")
     assert gives(again(node, host, tmp_path))
     assert node.store.audit(9) == []
+
+
+def test_what_vmms_give_goes_with_them(host: Host, tmp_path: Path) -> None:
+    """A build is found, and its version looked up, when the daemon runs already: that is no rise of the host's."""
+    files = ContractFiles(str(tmp_path / "contracts"))
+    host.change("combo", "vmms", [])
+    with SqliteStore(str(tmp_path / "state"), verify=lambda text: Fence.parse(text).digest) as store:
+        node = Node(store, host, files)
+        assert node.floor is None
+        host.change("combo", "vmms", [{"name": "qemu", "version": "10.0.13", "build": "sha256:0"}])
+        node.refresh()
+        assert (node.floor, store.audit(9)) == (None, [])
+        request = Request(maximum=True, vmm="qemu")
+        before = node.negotiate(request, PEER).contract.granted
+        host.lose(WORD, AVX2)
+        node.refresh()
+        gain(host)
+        node.refresh()
+        assert node.floor is not None
+        after = node.negotiate(request, PEER).contract.granted
+        assert {one.feature for one in diff(before, after)} == {"avx2"}
 
 
 def test_a_rise_and_a_fall_at_once(node: Node, host: Host, tmp_path: Path) -> None:
