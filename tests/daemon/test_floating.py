@@ -186,6 +186,30 @@ def test_a_commit_measures_whatever_was_known(node: Node, host: Host) -> None:
     assert (node.state, node.generation) == ("raising", 1)
 
 
+def test_a_raise_past_a_combo_to_return_to_needs_its_name(node: Node, host: Host) -> None:
+    """Once it is committed there is no way back: the combo has left the roll-back set."""
+    host.lose(WORD, AVX2)
+    host.change("combo", "kernel", "6.1.0")
+    node.refresh()
+    old = node.combo_digest
+    assert old is not None
+    node.pin("host", None, None, AUDIT)
+    node.store.rolls.add(old, 1, AUDIT)
+    gain(host)
+    host.change("combo", "kernel", "6.12.0")
+    node.refresh()
+    moves.raise_(node, Asked("host"), None, AUDIT)
+    assert [combo for combo, _ in moves.plan(node, Asked()).left] == [old]
+    with pytest.raises(Blocked, match="could not return") as caught:
+        moves.commit(node, None, AUDIT)
+    assert {one.feature for one in caught.value.blockers} == {"avx2"}
+    assert {one.missing_on.partition(" under ")[2] for one in caught.value.blockers} == {"6.1.0"}
+    assert [row.combo for row in node.store.rolls.members()] == [old]
+    moves.commit(node, None, AUDIT, consent=(old,))
+    assert node.store.rolls.members() == []
+    assert gives(node)
+
+
 def test_a_raise_that_nobody_commits_is_aborted(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node.pin("level:x86-64-v2", None, None, AUDIT)
     moves.raise_(node, Asked("host"), None, AUDIT)
