@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -54,6 +54,7 @@ _skips: list[tuple[str, str]] = []
 _outcomes: Counter[str] = Counter()
 _files: Counter[str] = Counter()
 _parts: list[summary.Part] = []
+_of_workers: Counter[tuple[str, int]] = Counter()  # ioctls, where pytest-xdist ran the tests in others
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -116,7 +117,7 @@ def _unlisted_skips() -> list[tuple[str, str]]:
 
 
 def _ioctls() -> Counter[tuple[str, int]]:
-    total: Counter[tuple[str, int]] = Counter()
+    total: Counter[tuple[str, int]] = Counter(_of_workers)
     for handle in _handles:
         total.update(handle.log)
     return total
@@ -125,6 +126,17 @@ def _ioctls() -> Counter[tuple[str, int]]:
 def _part() -> summary.Part:
     """What ran on this machine's own KVM."""
     return summary.Part("", summary.kind(), kvm_problem(), _ioctls(), dict(_outcomes), dict(_files))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """What a worker of pytest-xdist did besides its tests' outcomes, which come with its reports."""
+    for name, data in getattr(node, "workeroutput", {}).get("kvmneg_parts", ()):
+        part = summary.read(data, name)
+        if name:
+            _parts.append(part)
+        else:
+            _of_workers.update(part.ioctls)
 
 
 def _not_run(session: pytest.Session) -> list[str]:
@@ -139,6 +151,10 @@ def _not_run(session: pytest.Session) -> list[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker: the one who started it sums up
+        parts = [(part.name, part.to_json()) for part in (_part(), *_parts)]
+        session.config.workeroutput["kvmneg_parts"] = parts
+        return
     in_ci = os.environ.get("CI") and _unlisted_skips()
     if session.exitstatus == pytest.ExitCode.OK and (in_ci or _not_run(session)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
