@@ -5,6 +5,8 @@
 PYTHON ?= $(shell tools/python.sh)
 VENV := .venv
 BIN := $(VENV)/bin
+# tests side by side: each may start an emulated host, which takes a processor and 300 MiB
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 DESTDIR ?=
 PREFIX ?= /usr
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -18,7 +20,7 @@ run: setup-run build  ## the main job on this host, narrated
 
 test: setup-test build $(VENV)/.test  ## all tests, linters included, in two emulated hosts too; PYTEST_ARGS= for a part
 	@$(BIN)/python -m tests.hosts build arm64-6.12 arm64-newest amd-6.12 || echo "the tests that need those hosts are skipped" >&2
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-hosts: setup-hosts build $(VENV)/.test  ## the tests that run in emulated hosts, in all of them
 	@$(BIN)/pytest -o faulthandler_timeout=1200 -m hosts --hosts=all tests $(PYTEST_ARGS)

@@ -49,6 +49,9 @@ _OWN = (
 )
 pytest_plugins = ("pytester", "tests.c_client", *_OWN)
 
+# a terminal's width is what a test sets: shells export it, and so does pytest-xdist
+os.environ.pop("COLUMNS", None)
+
 _handles: list[Kvm] = []
 _skips: list[tuple[str, str]] = []
 _outcomes: Counter[str] = Counter()

@@ -364,7 +364,10 @@ def test_peers_that_come_and_go(target):
         for number in range(1000):
             with hit.attack() as connection:
                 send_all_it_takes(connection, (b"", COUNT[:10], COUNT, BIG * 3, b"x\0")[number % 5])
-        hit.wait(lambda: hit.statistics()["descriptors"] == descriptors)
+        # those that wait to be accepted are none of its descriptors yet
+        hit.wait(
+            lambda: hit.statistics()["connections"] == 2 and hit.statistics()["descriptors"] == descriptors
+        )
         resident.append(hit.statistics()["residentBytes"])
     assert hit.statistics()["connections"] == 2
     assert resident[2] < resident[0] + MIB
