@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _SHOWN = ("cpuid:", "hyperv:", "msr:")  # to guests; capabilities are for VMMs
 _HYPERVISORS = ("hyperv:", "cpuid:0x4")  # what is otherwise with Hyper-V in the table
+_BANKS = 0xFF  # of MCG_CAP
 _LONG_MODE = 1 << 29  # CPUID leaf 0x80000001 EDX
 _SUBLEAVES = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 
@@ -206,14 +207,17 @@ def contract_entries(offered: Sequence[CpuidEntry], bound: Bound) -> list[CpuidE
 def contract_msrs(values: Mapping[int, int], bound: Bound) -> dict[int, int]:
     """The MSRs that a contract binds and that are set like this, by index.
 
-    One that KVM does not list, and that is to be zero, is not there to be set: it is another vendor's.
+    One that KVM does not list, and that is to be zero, is not there to be set: it is another vendor's. There is one
+    machine check bank where the contract leaves their number to the VMM.
     """
     found = {}
-    for word, (promised, _mask) in bound.items():
+    for word, (promised, mask) in bound.items():
         if word.startswith("msr:"):
             index = words.parse_msr(word)
             if promised or index in values or word == enforcement.MCG_CAP:
                 found[index] = _under(word, values.get(index, 0), bound)
+                if word == enforcement.MCG_CAP and not mask & _BANKS:
+                    found[index] |= 1
     return found
 
 

@@ -70,6 +70,7 @@ _DIGEST_AT = slice(32, 64)
 _SPACES = ("cpuid", "hyperv")
 # arm64 registers that a vCPU has with the feature they are built on only: SVE_VLS, PMCR_EL0, PSCI_VERSION
 _LISTED_WITH = ("arm64:0x606000000015ffff", "arm64:0x603000000013dce0", "arm64:0x6030000000140000")
+_MCG_CAP, _BANKS = "msr:0x179", 0xFF
 _CAPABILITIES = ("kvm:", "tap:", "vhost-net:", "tsc:", "state:", "arm:")
 
 
@@ -231,7 +232,8 @@ def binding_mask(granted: FeatureSet, word: str) -> int:
 
     Bits of a register that is hidden from the guest are left out: in an MSR those without the CPUID bit that
     announces them, in a CPUID leaf beyond the highest the or-bits at 1. Nobody can read them, and neither KVM
-    nor a VMM takes a bit that the host has not.
+    nor a VMM takes a bit that the host has not. So is the number of machine check banks where the set has none (of a
+    report or a fence that does not name them): KVM makes no vCPU without, and how many there are is the VMM's then.
     """
     catalog = catalogs.load(granted.architecture)
     rule = catalog.words[word]
@@ -248,7 +250,7 @@ def binding_mask(granted: FeatureSet, word: str) -> int:
         needing, _bottom, base, *_ = need
         if needing & hidden and not catalogs.is_met(need, granted.value(base)):
             mask &= ~(needing & hidden)
-    return mask
+    return mask & ~_BANKS if word == _MCG_CAP and not granted.value(word) & _BANKS else mask
 
 
 def _beyond_highest(granted: FeatureSet, word: str) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -17,14 +17,12 @@ from kvmneg import limits
 from kvmneg.errors import BadInput
 from kvmneg.features import rules, words
 from kvmneg.features.featureset import FeatureSet
+from kvmneg.features.report import Report
 from kvmneg.policy.contract import GRADES, Contract, binding_mask
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.negotiation import negotiate
 from kvmneg.policy.request import Request
 from kvmneg.policy.scope import SCOPE
-
-if TYPE_CHECKING:
-    from kvmneg.features.report import Report
 
 
 class Decoded(NamedTuple):
@@ -227,6 +225,23 @@ def test_or_bits_beyond_the_highest_leaf_are_not_bound(software: Report, amd: Re
     assert Contract.from_binary(Contract(nowhere).binary()).granted == nowhere
     assert binding_mask(amd.offer, word) & told == told
     assert Contract(amd.offer).words()[word] & told == 1 << 1 | 1 << 5
+
+
+def test_a_number_of_machine_check_banks_that_nobody_named_is_not_bound(intel: Report) -> None:
+    """KVM_X86_SETUP_MCE takes no vCPU without one, and a fence may leave the word out: all but the number is bound."""
+    word = "msr:0x179"
+    host = Report(
+        ARCHITECTURE, measured={}, combo={}, identity={}, offer={**intel.offer_words, word: 0x9000520}
+    )
+    named = negotiate(Request(maximum=True), host, Fence(host.offer, 1)).contract
+    assert named.words()[word] == 0x9000520 and binding_mask(named.granted, word) & 0xFF == 0xFF
+    silent = Fence(FeatureSet.of(ARCHITECTURE, {**host.offer.words, word: 0}), 1)
+    contract = negotiate(Request(maximum=True), host, silent).contract
+    assert contract.granted.field("mca") and contract.words()[word] == 0
+    assert (
+        binding_mask(contract.granted, word) & (0xFF | 1 << 8 | 1 << 27) == 1 << 8 | 1 << 27
+    )  # MCG_CTL, LMCE
+    assert Contract.from_binary(contract.binary()).granted == contract.granted
 
 
 def test_bits_that_are_not_kvmnegs_are_not_bound() -> None:
