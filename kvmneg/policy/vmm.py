@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 GIVEN, TAKEN, HIDDEN, ALLOWED = "given", "taken", "hidden", "allowed"
 _AWAY = (TAKEN, HIDDEN)  # what a new guest is not given though KVM has it
+_CARRIED = "state:"
 _VENDOR = ("cpuid:0x0.0.ebx", "cpuid:0x0.0.edx", "cpuid:0x0.0.ecx")
 
 
@@ -168,6 +169,8 @@ def refused(granted: FeatureSet, seen: Through, wanted_by: str) -> list[Blocker]
     raw = {**seen.report.offer_words, **seen.report.accept_words}
     table = catalogs.names(granted.architecture)
     for word, rule in catalogs.load(granted.architecture).words.items():
+        if word.startswith(_CARRIED):
+            continue  # state is no property: it is not asked for, and no guest is told of it
         told = granted.value(word) & binding_mask(granted, word) & (rule.or_mask | rule.hint_mask)
         # an or-bit of a word that was not measured is at its bottom, and nothing that the host has
         there = host.value(word) if word in raw else 0

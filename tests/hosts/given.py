@@ -96,10 +96,19 @@ def give(kvm: int, binary: bytes) -> dict[str, Any]:
 
 
 def set_msr(vcpu: int, index: int, value: int, mask: int) -> bool:
-    """Whether KVM_SET_MSRS, or what there is in its place, takes the bits of the mask, and KVM_GET_MSRS shows them."""
-    wanted = (get_msr(vcpu, index) or 0) & ~mask | value
+    """Whether KVM_SET_MSRS, or what there is in its place, takes the bits of the mask, and KVM_GET_MSRS shows them.
+
+    One that is not there, and that is to be zero, is another vendor's.
+    """
+    now = get_msr(vcpu, index)
+    if now is None and not value:
+        return True
+    wanted = (now or 0) & ~mask | value
     if index == MCG_CAP:
-        fcntl.ioctl(vcpu, NUMBER["KVM_X86_SETUP_MCE"], struct.pack("Q", wanted))
+        try:
+            fcntl.ioctl(vcpu, NUMBER["KVM_X86_SETUP_MCE"], struct.pack("Q", wanted))
+        except OSError:  # more banks than there are, or none
+            return False
         return ((get_msr(vcpu, index) or 0) ^ value) & mask == 0
     row = bytearray(struct.pack("IIIIQ", 1, 0, index, 0, wanted))  # of bytes, ioctl() would return bytes
     if fcntl.ioctl(vcpu, NUMBER["KVM_SET_MSRS"], row) != 1:
