@@ -20,7 +20,7 @@ import pytest
 
 from kvmneg.errors import Blocked
 from kvmneg.features.report import Report
-from kvmneg.policy import leases, negotiation, rollback
+from kvmneg.policy import leases, negotiation, roll, rollback
 from kvmneg.policy.contract import Contract
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
@@ -303,6 +303,24 @@ def test_every_pair_of_kernels(pair: tuple[str, str]) -> None:
         assert when == BEFORE or not above
         valued = {word for word in found if not _unlisted(word, target)}
         assert valued - CACHES <= above and bool(valued) <= bool(above), matrix.table({})
+
+
+@pytest.mark.parametrize(
+    ("kernels", "vmms"),
+    [(AMD[2], QEMU[1]), (INTEL, OTHERS[1]), (ARM64[1], OTHERS[1])],
+    ids=("amd", "intel", "arm64"),
+)
+def test_the_rollback_check_answers_the_same(kernels: Component, vmms: Component) -> None:
+    """With the fence pinned and one guest: back, and forth, iff that guest may move there, by the same words."""
+    matrix = Matrix(kernels, vmms)
+    for (when, source, target), words_in_the_way in matrix.answers.items():
+        contract = matrix.contracts[when, source]
+        holding = leases.Holding("guest", contract.digest, contract.granted, leases.RUNNING, 0)
+        guests = roll.Guests([holding], registers={contract.digest: contract.portable})
+        answer = roll.judge(report(target.kernel), matrix.fence, guests, vmm=target.vmm)
+        told = {blocker.word for held in answer.guests for blocker in held.blockers}
+        assert (answer.blockers, told) == ((), words_in_the_way)
+        assert answer.allowed == (not words_in_the_way)
 
 
 # CLIDR_EL1 and the CCSIDR_EL1 that both kernels list: they must be the fence's, and neither is more than the other
