@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -36,6 +37,11 @@ KERNELS = ("6.1", "6.12", "newest")
 CPUS = ("neoverse-n1", "max")
 HOSTS = {cpu: [catalogue.find(f"arm64-{line}", cpu) for line in KERNELS] for cpu in CPUS}
 FEW = ("neoverse-n1", "newest", "6.12")
+# no kernel lets a field be set in which these two differ, as test_rollback_experiment.py was told by hand
+NO_FENCE = {("max", frozenset(("6.1", "6.12"))): {"aa64mmfr1-hcx"}}
+# PMCR_EL0.IMP and IDCODE: 6.1 shows the CPU's, and 6.12 makes 0 of what it is given. They are reported and not judged:
+# neither kernel lets them be set, so that there would be no way between both
+FORGOTTEN = {("6.1", "6.12"): {"0x603000000013dce0"}, ("6.1", "newest"): {"0x603000000013dce0"}}
 
 
 class Move(NamedTuple):
@@ -58,8 +64,13 @@ def moves() -> Iterator[Move]:
     for hosts in HOSTS.values():
         for there in hosts:
             for made in hosts:
-                others = ["", *(host.line for host in hosts if host is not made)]
+                others = ["", *(host.line for host in hosts if host is not made and not no_fence(made, host))]
                 yield from (Move(made, other, there) for other in others)
+
+
+def no_fence(one: Host, other: Host) -> set[str]:
+    """The features for which there is none between two kernels."""
+    return NO_FENCE.get((one.cpu, frozenset((one.line, other.line))), set())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -80,14 +91,18 @@ def recorded(host: Host) -> Report:
     return Report.loads(recording.path(host).read_bytes())
 
 
+def way_back(one: Host, other: Host) -> rollback.Answer:
+    old, new = sorted((one, other), key=lambda host: KERNELS.index(host.line))
+    return rollback.judge(recorded(new), recorded(old))
+
+
 @cache
 def contract(made: Host, other: str) -> Contract:
     """All that there is under that fence; with none, all that the host has."""
     fence = None
     if other:
         (there,) = (host for host in HOSTS[made.cpu] if host.line == other)
-        old, new = sorted((made, there), key=lambda host: KERNELS.index(host.line))
-        answer = rollback.judge(recorded(new), recorded(old))
+        answer = way_back(made, there)
         assert answer.fence is not None, answer.blockers
         fence = Fence(answer.fence.granted, 1, registers=answer.fence.registers)
     return negotiation.negotiate(Request(maximum=True), recorded(made), fence).contract
@@ -148,7 +163,14 @@ def test_a_move(move: Move) -> None:
         assert found["refused"] is None
         assert found["moved"]["failed"] == {} and found["moved"]["answer"]
         assert {f"arm64:{register}" for register in found["moved"]["dropped"]} == set(raw)
-        assert set(found["moved"]["differ"]) <= MOVING
+        forgotten = FORGOTTEN.get((move.made.line, move.there.line), set())
+        assert set(found["moved"]["differ"]) - MOVING == forgotten
     # the diagonal, and both ends of the fence's own pair
     if move.made is move.there or move.other == move.there.line:
         assert not told
+
+
+def test_where_there_is_no_fence() -> None:
+    for hosts in HOSTS.values():
+        for one, other in combinations(hosts, 2):
+            assert {blocker.feature for blocker in way_back(one, other).blockers} == no_fence(one, other)
