@@ -15,6 +15,7 @@ By each contract's name:
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import fcntl
 import json
 import mmap
@@ -29,6 +30,7 @@ from kvmneg.host.kvm import CpuidEntry, Kvm
 from tests.hosts import given
 
 PAGE = 4096
+SECONDS = 240  # of this host's own clock
 KVM_SET_USER_MEMORY_REGION, KVM_RUN = 0x4020AE46, 0xAE80
 _EXIT_REASON = struct.Struct("=8xI")  # struct kvm_run
 EXIT_HLT = 5
@@ -92,6 +94,7 @@ def extensions(kvm: Kvm, asked: list[str]) -> dict[str, int]:
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a guest that never leaves KVM_RUN is told where
     out = Path("out")
     with Kvm.open() as kvm:
         found = {path.stem: apply(kvm, path.read_bytes()) for path in sorted(Path().glob("*.contract"))}
