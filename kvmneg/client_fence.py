@@ -17,7 +17,7 @@ class FenceCalls:
         def call(self, method: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]: ...
 
     def fence_get(self) -> dict[str, Any]:
-        """pinned, generation, digest, text, state."""
+        """pinned, generation, digest, text, state, heldBack, proposal, stale."""
         return self.call("org.kvmneg.Fence.Get")
 
     def fence_pin(
@@ -116,6 +116,10 @@ class FenceCalls:
     def fence_audit(self, limit: int | None = None, *, before: int | None = None) -> dict[str, Any]:
         """entries, the newest first: id, generation, action, at, uid, pid, process, reason, detail."""
         return self.call("org.kvmneg.Fence.Audit", given(limit=limit, before=before))
+
+    def fence_restore(self, reason: str, *, above: int | None = None) -> dict[str, Any]:
+        """generation, digest, text: go on from the fence's copy. Raises NotPermitted, UsageError, StoreError."""
+        return self.call("org.kvmneg.Fence.Restore", given(reason=reason, above=above))
 
     def fence_history(self, limit: int | None = None) -> dict[str, Any]:
         """entries, the newest first: generation, action, at, uid, pid, reason, digest."""

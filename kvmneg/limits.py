@@ -11,6 +11,8 @@ READ_CHUNK_BYTES = 64 * 1024  # read from one connection in one turn of the loop
 REPLY_BYTES = 4 * 1024 * 1024  # what a client accepts from a daemon
 NESTING_DEPTH = 32  # of JSON in a call
 TURN_SECONDS = 0.02  # spent on calls left over from earlier turns, before new ones are looked for
+COPY_SECONDS = 0.2  # after a change of the fence its copy is written
+COPY_AGAIN_SECONDS = 30.0  # after one that could not be written
 CALLS_PER_TURN = 64  # answered from what one connection pipelined, before the others get their turn
 
 # varlink, all connections
@@ -32,6 +34,7 @@ CACHED_OFFERS = 1024  # contracts offered and not begun that GetContract and Beg
 # requests
 REQUEST_FEATURES = 1024  # names in require, optional and exact together
 REASON_CHARACTERS = 1024
+GENERATIONS = 1 << 53  # where JSON's numbers end for those who read them as double precision
 LEASES = 16384  # contracts begun and not ended, all users
 LEASES_PER_UID = 4096
 LEASES_FINISHED = 16384  # leases ended or expired that are kept for the record
@@ -47,6 +50,7 @@ PROPOSAL_SECONDS = 14 * 86400.0  # a raise that was proposed and not committed b
 REPORT_BYTES = 8 * 1024 * 1024
 FENCE_BYTES = 1024 * 1024
 CONTRACT_BYTES = 1024 * 1024
+COPY_BYTES = 8 * 1024 * 1024  # the fence's copy beside its database
 # entries of a binary contract: CPUID (what KVM takes), MSRs, arm64 registers, words with a name, portable state,
 # initialisation flags; csrc/kvmneg.h has the same
 CONTRACT_ENTRIES = (256, 1024, 8192, 256, 8192, 64)

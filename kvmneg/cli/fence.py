@@ -29,6 +29,7 @@ _VERBS = {
     "abort": "drop what is proposed",
     "unpin": "take the fence down; without one, float at what the host offers now",
     "emergency": "lower at once, and follow the guests that must be cold-booted",
+    "restore": "go on from the copy of the fence, where its database is lost",
     "history": "who changed it, when, and why",
 }
 
@@ -39,7 +40,7 @@ def options(parser: Parser) -> None:
 
     from kvmneg.cli.arguments import file_name
 
-    functions = {"show": _show, "pin": _pin, "unpin": _unpin, "history": _history}
+    functions = {"show": _show, "pin": _pin, "unpin": _unpin, "restore": _restore, "history": _history}
     verbs = parser.add_subparsers(metavar="|".join(_VERBS), required=True)
     for name, what in _VERBS.items():
         verb = verbs.add_parser(name, help=what, description=what, prog=f"kvmneg fence {name}")
@@ -67,9 +68,15 @@ def _options_of(name: str, verb: argparse.ArgumentParser) -> None:
     if name not in ("show", "plan", "history"):
         told = "why, for the history" if name != "emergency" else "why; without one, show how far it is"
         verb.add_argument("--reason", metavar="TEXT", type=utf8, required=name != "emergency", help=told)
-        expected = "only if the fence is at this generation"
-        verb.add_argument("--expected-generation", metavar="N", type=number(0, 2**63 - 1), help=expected)
-        verb.add_argument("--dry-run", action="store_true", help="change nothing, say what would come of it")
+        if name != "restore":
+            expected = "only if the fence is at this generation"
+            verb.add_argument("--expected-generation", metavar="N", type=number(0, 2**63 - 1), help=expected)
+            verb.add_argument(
+                "--dry-run", action="store_true", help="change nothing, say what would come of it"
+            )
+    if name == "restore":
+        seen = "a generation that was seen, so that the new one is above it"
+        verb.add_argument("--above", metavar="N", type=number(0, limits.GENERATIONS - 1), help=seen)
     if name == "commit":
         verb.add_argument(
             "--consent", metavar="COMBO", action="append", help="a combo that may leave the roll-back set"
@@ -102,6 +109,8 @@ def _show(arguments: argparse.Namespace) -> int:
         print_json({**fence, "absent": fence_absent.rows(groups)} if arguments.absent else fence)
         return 0
     screen = Screen(sys.stderr)  # standard output carries the text alone: it can be edited and pinned again
+    if fence.get("stale"):
+        screen.line(fence["stale"])
     state = fence.get("state", "floating")
     if fence.get("pinned"):
         screen.line(f"generation {fence['generation']}, {state}, {fence['digest']}")
@@ -162,6 +171,17 @@ def _unpin(arguments: argparse.Namespace) -> int:
     else:
         done = "no fence would be pinned" if arguments.dry_run else "no fence is pinned any more"
         Screen().line(f"{done}: generation {answer['generation']}")
+    return 0
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    given = {"reason": arguments.reason, "above": arguments.above}
+    answer = sources.call(arguments, "org.kvmneg.Fence.Restore", **given)
+    if arguments.json:
+        print_json(sources.snake(answer))
+    else:
+        what = answer["digest"] or "no fence is pinned"
+        Screen().line(f"restored: generation {answer['generation']}, {what}")
     return 0
 
 

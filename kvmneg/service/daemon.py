@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _KEEP_UP_SECONDS = 30.0
 # Not before the calls that wait have their answers.
 _LATER_SECONDS = 1.0
-_TROUBLE = ("unmeasured", "breached", "unreadable")
+_TROUBLE = ("unmeasured", "breached", "unreadable", "readonly")
 _OWN_DESCRIPTORS = 128  # SQLite's, epoll's, and those a measurement opens
 
 
@@ -74,11 +74,12 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
     from kvmneg.policy.fence_text import Fence
     from kvmneg.service.contracts import ContractFiles
     from kvmneg.service.node import Node
+    from kvmneg.service.restoring import Copier
     from kvmneg.service.router import Router
     from kvmneg.service.varlink import Server
-    from kvmneg.store.sqlite import SqliteStore
+    from kvmneg.store.opening import open_store
 
-    with SqliteStore(arguments.state, verify=lambda text: Fence.parse(text).digest) as store:
+    with open_store(arguments.state, lambda text: Fence.parse(text).digest) as store:
         measurer, later = _measurer(arguments)
         files = ContractFiles(os.path.join(os.path.dirname(path), "contracts"))
         node = Node(store, measurer, files, _print_trouble, boot=_boot())
@@ -95,7 +96,9 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
         _announce(node)
         for one in later:
             one.start(server, node)
+        copier = Copier(server, node, _print_trouble)
         server.run()
+        copier.copy()
 
 
 def _measurer(arguments: Options) -> tuple[Measurer, list[VmmLookup | Prover]]:
@@ -267,6 +270,8 @@ def _why_not(node: Node) -> KvmnegError | None:
 def _trouble_of(node: Node) -> str:
     from kvmneg.policy import coverage
 
+    if node.store.fault is not None:
+        return str(node.store.fault)
     try:
         node.fence  # noqa: B018 (it raises its reason, like the next)
         coverage.require(node.report)

@@ -60,6 +60,7 @@ class Interfaces:
             "org.kvmneg.GetContract": self._get_contract,
             "org.kvmneg.Fence.Get": self._fence_get,
             "org.kvmneg.Fence.History": self._fence_history,
+            "org.kvmneg.Fence.Restore": self._fence_restore,
             **{f"org.kvmneg.Fence.{name}": partial(self._move, name) for name in _MOVES},
         }
 
@@ -142,7 +143,9 @@ class Interfaces:
     def _scope(self, fenced: bool) -> list[str]:
         source = self._node.report.measured.get("source")
         recorded = [] if source == "kvm" else [f"not judged: the KVM of this machine; the report is {source}"]
-        return [*scope(fenced, self._node.report.architecture, self._node.report), *recorded]
+        last = f"stale: the last fence known, of generation {self._node.generation}; see `kvmneg fence show`"
+        stale = [last] if self._node.stale else []
+        return [*scope(fenced, self._node.report.architecture, self._node.report), *recorded, *stale]
 
     def _judge(self, request: Request) -> tuple[Contract | None, tuple[Blocker, ...]]:
         try:
@@ -167,12 +170,19 @@ class Interfaces:
             "state": self._node.state,
             "heldBack": self._node.floor is not None,
             "proposal": self._node.proposal or None,
+            "stale": self._node.stale,
         }
 
     def _move(self, name: str, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
         from kvmneg.service import interfaces_levels  # of an admin's day: not before the first of them
 
         return interfaces_levels.call(self._node, name, connection, parameters)
+
+    def _fence_restore(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
+        from kvmneg.service import restoring  # a bad day only
+
+        who = audit(connection, "restore the fence", parameters["reason"])
+        return restoring.restore(self._node, parameters.get("above"), who)
 
     def _fence_history(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
         limit = parameters.get("limit")

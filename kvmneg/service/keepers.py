@@ -51,7 +51,7 @@ class Keepers:
         descriptors: Descriptors,
         proc: str = "/proc",
     ) -> None:
-        self._records = records
+        self.records = records
         self._ended = ended
         self._on_trouble = on_trouble
         self._proc = proc
@@ -235,7 +235,7 @@ class Keepers:
         if not self._left:
             return
         try:
-            ended = self._records.let_go([(number, holder) for (number, _), holder in self._left.items()])
+            ended = self.records.let_go([(number, holder) for (number, _), holder in self._left.items()])
         except StoreError as error:
             self._on_trouble(f"a VM has ended, and its lease counts on: {error}")
             return

@@ -49,6 +49,7 @@ class Leases:
         on_trouble: Callable[[str], None],
         descriptors: Descriptors | None = None,
         proc: str = "/proc",
+        known: bool = True,
     ) -> None:
         self.records = records
         self.files = files
@@ -61,8 +62,9 @@ class Leases:
         )
         self._known: dict[str, FeatureSet] = {}  # by digest of a contract or a reported set
         self._doubtful: set[int] = set()  # of another pid namespace
-        self._resume()
-        self.files.keep(records.contracts_outstanding())
+        if known:  # else the records are lost, and no file is put away that may be held
+            self._resume()
+            self.files.keep(records.contracts_outstanding())
 
     def _resume(self) -> None:
         """After a restart: no guest outlives a boot, a saved one none at all; look at who keeps the others."""
@@ -82,6 +84,10 @@ class Leases:
         if dead:
             self.records.end(*dead)
         self.keepers.resume(mine)
+
+    def adopt(self, records: Records) -> None:
+        """Go on with other records."""
+        self.records = self.keepers.records = records
 
     def start(self, server: Server) -> None:
         """Watch the processes that keep leases, and serve the connections on that do."""

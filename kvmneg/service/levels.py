@@ -36,6 +36,7 @@ UNSEEN = "unseen"  # the name of guests that the daemon could not look for
 
 def level(node: Standing) -> Level:
     """Where the node stands. Raises StoreError where a stored fence cannot be read."""
+    node.store.retry()  # else a disk that has room again would refuse the change that finds it out
     row = node.store.levels.proposal() if node.proposal else None
     fence, proposal = node.fence, None
     if row is not None:
@@ -43,8 +44,7 @@ def level(node: Standing) -> Level:
         base = node.store.past_fence(row.base)
         if base is not None:
             fence = Fence.parse(base.text, generation=base.generation, file="the fence to be replaced")
-    readonly = getattr(node, "stale", None) or ""
-    found = Level(node.generation, fence, None, proposal, (member(node),), readonly)
+    found = Level(node.generation, fence, None, proposal, (member(node),), node.stale or "")
     if fence is not None:
         return found
     return found._replace(floor=node.floor.granted if node.floor is not None else ceiling(found))

@@ -79,9 +79,20 @@ class Node(Standing):
         self._unknown: UnknownGuests | None = None
         self._boot = boot
         self.leases = Leases(
-            store.leases, files, boot=boot, wall=self.wall, on_trouble=on_trouble, descriptors=descriptors
-        )
+            store.leases, files, boot=boot, wall=self.wall, on_trouble=on_trouble, descriptors=descriptors,
+            known=not store.recovered,
+        )  # fmt: skip
         self.measure()
+
+    def adopt(self, store: Store) -> None:
+        """Go on with this store and what stands in it; the report is recorded there too."""
+        self.leases.adopt(store.leases)
+        if self._unknown is not None:
+            self._unknown.adopt(store.waivers(self._boot))
+        self._unrecorded = True
+        self.store = store
+        self._record()
+        super().adopt(store)
 
     # -- the host ---------------------------------------------------------------------------------
 
@@ -106,7 +117,7 @@ class Node(Standing):
     def _record(self) -> None:
         """Keep the report for the record. A full disk does not make a host that was measured useless."""
         report = self._report
-        if report is None or not self._unrecorded:
+        if report is None or not self._unrecorded or self.store.recovered:
             return
         import zlib  # only where a report is kept
 
@@ -198,6 +209,7 @@ class Node(Standing):
     def keep_up(self) -> None:
         """What is done when nobody asks: expire leases, see that the host changed, record what was not recorded."""
         self.refresh()
+        self.store.retry()
         self._record()
         self.leases.expire()
         if self.proposal == "raise":

@@ -59,6 +59,7 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
         "Get": {},
         "Pin": {"from": "?string", "text": "?string", **_MOVE},
         "Unpin": _MOVE,
+        "Restore": {"reason": "string", "above": "?int"},
         "History": {"limit": "?int"},
         "Plan": _LEVEL,
         "Raise": {"from": "?string", "text": "?string", **_MOVE},

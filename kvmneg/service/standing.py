@@ -45,6 +45,13 @@ class Standing:
         self.proposal = self._row.proposal
         self.proposed_at = 0  # the number of measurements when that was proposed
         self.measurements = 0
+        store.on_fault(self._tell)
+
+    def adopt(self, store: Store) -> None:
+        """Go on with this store and what stands in it."""
+        self.store = store
+        store.on_fault(self._tell)
+        self.moved(_fence_of(store.fence()), store.generation(), store.level().proposal)
 
     def _load_fence(self) -> None:
         try:
@@ -93,14 +100,26 @@ class Standing:
 
     @property
     def state(self) -> str:
-        """floating, pinned, raising, lowering; breached (below its fence), unmeasured (or not all CPUs), unreadable."""
+        """floating, pinned, raising, lowering; breached (below its fence), unmeasured (or not all CPUs), unreadable.
+
+        readonly: the disk refused the last change, or the database is lost (`stale` says why). What is served is the
+        last committed fence, whatever else holds.
+        """
         if self._fence_fault is not None:
             return "unreadable"
+        if self.store.fault is not None:
+            return "readonly"
         if self._report is None or coverage.unvisited(self._report):
             return "unmeasured"
         if self._fence is None:
             return "floating"
         return "breached" if self.below else _STATES[self.proposal]
+
+    @property
+    def stale(self) -> str | None:
+        """Why there may be a newer fence than the one served, or none can be pinned; None where all is well."""
+        fault = self.store.fault
+        return fault.message if fault else None
 
     def moved(self, fence: Fence | None, generation: int, proposal: str = "") -> None:
         """The store has another fence, or another proposal."""

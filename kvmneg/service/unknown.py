@@ -91,6 +91,10 @@ class UnknownGuests:
             loop.watch_fd(self._events.fileno(), self._take_events)
         loop.after(0.0, self._begin_look)
 
+    def adopt(self, waivers: Waivers) -> None:
+        """Go on with other records."""
+        self._waivers = waivers
+
     def stop(self) -> None:
         """Follow no more."""
         if self._events is not None and self._loop is not None:

@@ -22,6 +22,7 @@ _HINTS = {
     "SQLITE_BUSY": "another program has the database in {0} open",
     "SQLITE_CORRUPT": "restart the daemon: it examines the database in {0} and sets a damaged one aside",
 }
+_DISK = frozenset(_HINTS) - {"SQLITE_BUSY"} | {"SQLITE_NOTADB", "ENOSPC", "EDQUOT", "EIO", "EROFS"}
 _HINTS["SQLITE_NOTADB"] = _HINTS["SQLITE_CORRUPT"]
 
 
@@ -29,6 +30,12 @@ def is_damage(error: sqlite3.Error) -> bool:
     """Whether SQLite says that the file itself is broken (SQLITE_CORRUPT, SQLITE_NOTADB and their kin)."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary result code
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def is_disk(error: StoreError) -> bool:
+    """Whether the disk under the store refused: full, failing, read-only, or what is on it is damaged."""
+    primary = "_".join(str(error.fields.get("cause")).split("_")[:2])
+    return primary in _DISK
 
 
 def _hint(name: str, directory: str) -> str:

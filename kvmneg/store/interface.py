@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Literal, Protocol
 
+    from kvmneg.errors import StoreError
     from kvmneg.store.leases import Leases
     from kvmneg.store.levels import Levels
     from kvmneg.store.rolls import Rolls
@@ -165,6 +167,20 @@ if TYPE_CHECKING:
         or not after the next open, whole in either case.
         """
 
+        @property
+        def recovered(self) -> bool:
+            """Whether this is the copy of a fence whose database is lost (kvmneg.store.recovered)."""
+
+        @property
+        def fault(self) -> StoreError | None:
+            """Why the disk refused the last change, until one is on it again: what is read is the last committed."""
+
+        def on_fault(self, function: Callable[[], None]) -> None:
+            """Call `function` when a fault begins and when it is over."""
+
+        def retry(self) -> None:
+            """With a fault, try whether the disk takes changes again. Raises nothing."""
+
         def generation(self) -> int:
             """0 before the first pin, then one more with each pin and each unpin, never less."""
 
@@ -224,6 +240,9 @@ if TYPE_CHECKING:
 
         def report(self, digest: str) -> ReportRow | None:
             """The report of that digest."""
+
+        def copy_out(self, at: str) -> bool:
+            """Have the copy beside the store say what the store says; False where it does already. `at` is now."""
 
         def close(self) -> None:
             """Let go of everything. No other call may follow."""

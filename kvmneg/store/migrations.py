@@ -201,4 +201,21 @@ CREATE TABLE rolls (
 );
 """
 
-MIGRATIONS = (_FENCE_AND_GRANTS, _AUDIT, _WAIVERS, _LEASES, _LEVELS, _COMBOS_AND_ROLLS)
+# A database made from the copy of a lost one begins its history above every generation that is known of that.
+_HISTORY_MAY_BEGIN_LATER = """
+DROP TRIGGER fence_history_next;
+CREATE TRIGGER fence_history_next BEFORE INSERT ON fence_history
+    WHEN NEW.generation < 1 OR
+        NEW.generation <> COALESCE((SELECT MAX(generation) + 1 FROM fence_history), NEW.generation)
+    BEGIN SELECT RAISE(ABORT, 'generations of the fence go up one by one'); END;
+"""
+
+MIGRATIONS = (
+    _FENCE_AND_GRANTS,
+    _AUDIT,
+    _WAIVERS,
+    _LEASES,
+    _LEVELS,
+    _COMBOS_AND_ROLLS,
+    _HISTORY_MAY_BEGIN_LATER,
+)

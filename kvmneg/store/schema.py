@@ -12,15 +12,19 @@ import os
 import sqlite3
 
 from kvmneg.errors import StoreError
-from kvmneg.store import statedir
+from kvmneg.store import copies, statedir
 from kvmneg.store.faults import is_damage, translated
 from kvmneg.store.migrations import MIGRATIONS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 APPLICATION_ID = 0x6B766D6E  # "kvmn", in the file's header: file(1) and SQLite see whose it is
 
 
 class Damage(sqlite3.DatabaseError):
-    """quick_check found the file broken."""
+    """quick_check found the file broken, or it is not the newest."""
 
     sqlite_errorcode = sqlite3.SQLITE_CORRUPT
 
@@ -28,20 +32,21 @@ class Damage(sqlite3.DatabaseError):
 def open_database(directory: str) -> sqlite3.Connection:
     """The database of a locked state directory, examined, at the present version, set for durable commits.
 
-    Makes one only where there never was one. StoreError where it is damaged (set aside first; field `aside`
-    names it), newer than this program, not kvmneg's, or cannot be read or written.
+    Makes one only where there never was one. StoreError where it is damaged or older than its copy (set aside first;
+    field `aside` names it), newer than this program, not kvmneg's, or cannot be read or written.
     """
     path = f"{directory}/{statedir.DATABASE}"
     with translated(directory, f"open {path}"):
         if not os.path.lexists(path):
             _refuse_leftovers(directory)
-            _create(directory, path)
+            create(directory)
         if os.stat(path).st_size == 0:  # SQLite would take it for a new database, and drop its log
             raise _set_aside(directory, "it is empty")
         connection = _connect(path)
         try:
             _examine(connection, path)
             migrate(connection)
+            _refuse_older(connection, directory)
         except BaseException as error:
             try:
                 if isinstance(error, sqlite3.DatabaseError) and is_damage(error):
@@ -68,8 +73,12 @@ def _number(connection: sqlite3.Connection, query: str) -> int:
     return int(connection.execute(query).fetchone()[0])
 
 
-def _create(directory: str, path: str) -> None:
-    """Make a whole database beside, then give it its name: a file of that name is never half made."""
+def create(directory: str, fill: Callable[[sqlite3.Connection], None] | None = None) -> None:
+    """Make a whole database beside, then give it its name: a file of that name is never half made.
+
+    `fill` puts the first rows into it. Raises sqlite3.Error, OSError, StoreError.
+    """
+    path = f"{directory}/{statedir.DATABASE}"
     fresh = f"{path}.new"
     for suffix in ("", "-wal", "-journal"):
         if os.path.lexists(fresh + suffix):
@@ -81,6 +90,8 @@ def _create(directory: str, path: str) -> None:
         _configure(connection)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         migrate(connection)
+        if fill is not None:
+            fill(connection)
         if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise StoreError(f"{directory} is on a file system on which SQLite cannot keep a write-ahead log")
     finally:
@@ -99,6 +110,16 @@ def _examine(connection: sqlite3.Connection, path: str) -> None:
     found = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
     if found != "ok":
         raise Damage(found.replace("\n", "; "))
+
+
+def _refuse_older(connection: sqlite3.Connection, directory: str) -> None:
+    """Raise Damage where an old database was put back, or its log is gone: it would give generations out again."""
+    generation = _number(connection, "SELECT COALESCE(MAX(generation), 0) FROM fence_history")
+    copied = copies.generation(directory)
+    if generation < copied:
+        raise Damage(
+            f"it is of generation {generation}, older than the copy of its fence, which is of {copied}"
+        )
 
 
 def migrate(connection: sqlite3.Connection) -> None:

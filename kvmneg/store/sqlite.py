@@ -42,19 +42,31 @@ class SqliteStore:
     `verify` computes the digest of a fence's text; given, no fence whose text and digest disagree goes in or
     comes out. StoreError where the directory is another's (field pid), or its database is damaged, newer or
     not readable (schema.open_database).
+    `lock` is that of a directory the caller has locked already; it is this store's once it is open. `database` is what
+    to take in the place of the directory's (kvmneg.store.recovered).
     """
 
-    __slots__ = ("_database", "_directory", "_lock", "_verify", "leases")
+    __slots__ = ("_copied", "_database", "_directory", "_lock", "_verify", "leases")
+    recovered = False  # see kvmneg.store.recovered
 
-    def __init__(self, directory: str, *, verify: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        verify: Callable[[str], str] | None = None,
+        lock: int | None = None,
+        database: Database | None = None,
+    ) -> None:
         self._directory = directory
         self._verify = verify
+        self._copied: tuple[int, str] | None = None
         statedir.prepare(directory)
-        self._lock = statedir.lock(directory)
+        self._lock = statedir.lock(directory) if lock is None else lock
         try:
-            self._database = Database(open_database(directory), directory)
+            self._database = database or Database(open_database(directory), directory)
         except BaseException:
-            os.close(self._lock)
+            if lock is None:
+                os.close(self._lock)
             raise
         self.leases = Leases(self._database)
 
@@ -74,6 +86,28 @@ class SqliteStore:
                 self._database.connection.close()  # moves the log into the database
         finally:
             os.close(descriptor)
+
+    @property
+    def fault(self) -> StoreError | None:
+        return self._database.fault
+
+    def on_fault(self, function: Callable[[], None]) -> None:
+        self._database.on_fault = function
+
+    def retry(self) -> None:
+        self._database.retry()
+
+    def copy_out(self, at: str) -> bool:
+        with self._reading("read the fence") as connection:
+            row = _newest(connection) or (0, "", None, "", 0, 0, "")
+        state = row[0], row[1]
+        if self._copied == state:
+            return False
+        from kvmneg.store import copies  # only where a fence changed
+
+        copies.write(self._directory, copies.Copy._make((at, *row, [])))
+        self._copied = state
+        return True
 
     def _reading(self, doing: str) -> AbstractContextManager[Connection]:
         return self._database.reading(doing)
@@ -215,6 +249,14 @@ class SqliteStore:
         with self._reading("read the reports") as connection:
             row = connection.execute(f"SELECT {_REPORT} FROM reports WHERE digest = ?", (digest,)).fetchone()
         return ReportRow(*row) if row else None
+
+
+def first_row(connection: Connection, generation: int, fence: tuple[str, str | None], audit: Audit) -> None:
+    """Begin the history of a new database with a fence (its digest and text) of another one."""
+    connection.execute("BEGIN IMMEDIATE")
+    append(connection, generation, "unpin" if fence[1] is None else "pin", fence, audit)
+    audits.append(connection, "restore", generation, audit, {"digest": fence[0]})
+    connection.execute("COMMIT")
 
 
 def _newest(connection: Connection) -> tuple[Any, ...] | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -13,6 +14,7 @@ from kvmneg.store.faults import translated
 
 DATABASE = "kvmneg.sqlite"
 LOCK = "lock"
+COPY = "fence.copy"  # kvmneg.store.copies
 
 
 def prepare(directory: str) -> None:
@@ -39,12 +41,18 @@ def lock(directory: str) -> int:
     """Take the directory for this process; return the descriptor that holds it until it is closed.
 
     flock(2) and not a pid file: the kernel lets go of it however the process ends. The holder's pid in the
-    file is for the message to the second opener only. StoreError with field pid if another has it.
+    file is for the message to the second opener only. StoreError with field pid if another has it. On a read-only file
+    system the lock holds too.
     """
     path = f"{directory}/{LOCK}"
     with translated(directory, f"lock the state directory {directory}"):
         # Not followed: a link planted here would have another file emptied.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _sign(descriptor)
@@ -95,6 +103,7 @@ def set_aside(directory: str) -> str:
         count += 1
         name = f"{stem}.{count}"
     os.rename(f"{directory}/{DATABASE}", f"{directory}/{name}")
+    sync_directory(directory)  # two renames may reach the disk in any order
     log = f"{directory}/{DATABASE}-wal"
     if os.path.lexists(log) and os.stat(log).st_size > 0:
         os.rename(log, f"{directory}/{name}-wal")
@@ -105,10 +114,23 @@ def set_aside(directory: str) -> str:
 
 
 def leftovers(directory: str) -> list[str]:
-    """What a database that is not there any more left behind: set aside ones, and a log with content."""
+    """What a database that is not there any more left behind: set aside ones, a log with content, the fence's copy."""
     found = []
     for entry in sorted(os.listdir(directory)):
         log = entry == f"{DATABASE}-wal" and os.stat(f"{directory}/{entry}").st_size > 0
-        if log or entry.startswith(f"{DATABASE}.corrupt-"):
+        if log or is_aside(entry) or entry == COPY:
             found.append(entry)
     return found
+
+
+def is_aside(name: str) -> bool:
+    """Whether a file of that name is a database that was set aside, or its log."""
+    return name.startswith(f"{DATABASE}.corrupt-")
+
+
+def on_read_only_disk(directory: str) -> bool:
+    """Whether the file system of a directory takes no writes; False where nobody can tell."""
+    try:
+        return bool(os.statvfs(directory).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
