@@ -50,7 +50,7 @@ PROPOSAL_SECONDS = 14 * 86400.0  # a raise that was proposed and not committed b
 REPORT_BYTES = 8 * 1024 * 1024
 FENCE_BYTES = 1024 * 1024
 CONTRACT_BYTES = 1024 * 1024
-COPY_BYTES = 8 * 1024 * 1024  # the fence's copy beside its database
+COPY_BYTES = 16 * 1024 * 1024  # the copy beside the database: fences, roll-back set and its reports
 # entries of a binary contract: CPUID (what KVM takes), MSRs, arm64 registers, words with a name, portable state,
 # initialisation flags; csrc/kvmneg.h has the same
 CONTRACT_ENTRIES = (256, 1024, 8192, 256, 8192, 64)

@@ -212,7 +212,7 @@ class Node(Standing):
         self.store.retry()
         self._record()
         self.leases.expire()
-        if self.proposal == "raise":
+        if self.proposal == "raise" and self.store.fault is None:
             from kvmneg.service import moves  # rarely
 
             moves.expire(self)

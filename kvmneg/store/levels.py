@@ -18,12 +18,13 @@ from kvmneg.store.interface import ProposalRow
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from sqlite3 import Connection
     from typing import Any
 
     from kvmneg.store.interface import Audit
     from kvmneg.store.transactions import Database
 
-_PROPOSAL = "kind, digest, text, base, generation, urgent, at, deadline, uid, pid, process, reason, plan"
+PROPOSAL = "kind, digest, text, base, generation, urgent, at, deadline, uid, pid, process, reason, plan"
 
 
 class Change(NamedTuple):
@@ -39,6 +40,16 @@ class Change(NamedTuple):
     left: tuple[str, ...] = ()
 
 
+def put(connection: Connection, proposal: ProposalRow | None) -> None:
+    """Have this proposal open, and no other, in the caller's transaction."""
+    connection.execute("DELETE FROM proposals")
+    if proposal is not None:
+        row = proposal._replace(process=storable(proposal.process), reason=storable(proposal.reason))
+        marks = ", ".join("?" * len(row))
+        connection.execute(f"INSERT INTO proposals ({PROPOSAL}) VALUES ({marks})", row)
+    connection.execute("UPDATE level SET proposal = ?", (proposal.kind if proposal else "",))
+
+
 class Levels:
     """The proposals of one database. Every call may raise StoreError; nothing has changed then."""
 
@@ -50,7 +61,7 @@ class Levels:
     def proposal(self) -> ProposalRow | None:
         """The open proposal."""
         with self._database.reading("read the proposal") as connection:
-            row = connection.execute(f"SELECT {_PROPOSAL} FROM proposals").fetchone()
+            row = connection.execute(f"SELECT {PROPOSAL} FROM proposals").fetchone()
         return ProposalRow(*row) if row else None
 
     def propose(
@@ -70,16 +81,7 @@ class Levels:
                 generation += 1
                 step, digest, text = change.fence
                 sqlite.append(connection, generation, "pin", (digest, text), audit, step=step)
-            connection.execute("DELETE FROM proposals")
-            if proposal is not None:
-                row = proposal._replace(
-                    generation=generation,
-                    process=storable(proposal.process),
-                    reason=storable(proposal.reason),
-                )
-                marks = ", ".join("?" * len(row))
-                connection.execute(f"INSERT INTO proposals ({_PROPOSAL}) VALUES ({marks})", row)
-            connection.execute("UPDATE level SET proposal = ?", (proposal.kind if proposal else "",))
+            put(connection, proposal._replace(generation=generation) if proposal is not None else None)
             for combo in change.left:
                 connection.execute("DELETE FROM rolls WHERE combo = ?", (combo,))
             audits.append(connection, change.action, generation, audit, change.detail)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is left when the database is damaged: the fence's last copy, served read-only until an admin acts.
+"""What is left when the database is damaged: the last copy, served read-only until an admin acts.
 
-The fence bounds offers as ever. Nothing is granted and nothing is changed: leases and their contracts are not in the
-copy, so that none here can say what a new one would have to agree with, and one that went unrecorded would block
-no lowering. Who asks for what the copy does not know (leases, history) is told so, never that there is none.
+The fence bounds offers as ever, or the level that floats. Nothing is granted and nothing is changed: leases and their
+contracts are not in the copy, so that none here can say what a new one would have to agree with, and one that went
+unrecorded would block no lowering. Who asks for what the copy does not know (leases, history, the records of most
+combos) is told so, never that there is none.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from contextlib import contextmanager
 
 from kvmneg import limits
 from kvmneg.errors import KvmnegError, StoreError
-from kvmneg.store import copies, schema, statedir
+from kvmneg.store import copies, copying, schema, statedir
 from kvmneg.store.faults import translated
 from kvmneg.store.interface import Audit
 from kvmneg.store.leases import Leases
-from kvmneg.store.sqlite import SqliteStore, first_row
+from kvmneg.store.rolls import Rolls
+from kvmneg.store.sqlite import SqliteStore
 from kvmneg.store.transactions import Database
 
 TYPE_CHECKING = False
@@ -26,18 +28,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any, NoReturn
 
+    from kvmneg.store.interface import FenceRow, ReportRow
+
 
 class _ReadOnly(Database):
-    """A database in memory that holds the copy's fence and nothing else: every change of it is refused with `fault`."""
+    """A database in memory that holds the copy and nothing else: every change of it is refused with `fault`."""
 
     __slots__ = ("_why",)
 
     def __init__(self, copy: copies.Copy, fault: StoreError, directory: str) -> None:
         connection = sqlite3.connect(":memory:", isolation_level=None)
         schema.migrate(connection)
-        if copy.generation:
-            pinned = Audit(copy.uid, copy.pid, copy.pinned_at, copy.reason, "")
-            first_row(connection, copy.generation, (copy.digest, copy.text), pinned)
+        pinned = Audit(copy.uid, copy.pid, copy.pinned_at, copy.reason, "")
+        copying.fill(connection, copy, copy.generation, pinned)
         super().__init__(connection, directory)
         self._why = fault
         self.fault = fault
@@ -69,6 +72,21 @@ class _Lost(Leases):
         return []
 
 
+class _LostCombos(Rolls):
+    """The roll-back set is in the copy, the other combos are not: whether one was ever measured nobody knows."""
+
+    __slots__ = ("_why",)
+
+    def __init__(self, database: Database, why: StoreError) -> None:
+        super().__init__(database)
+        self._why = why
+
+    def _unknown(self, *_: Any, **__: Any) -> Any:
+        raise self._why.with_traceback(None)
+
+    combos = find = report = before = _unknown
+
+
 class RecoveredStore(SqliteStore):
     """The copy in `directory` as a store: `damage` is why there is no other.
 
@@ -86,7 +104,8 @@ class RecoveredStore(SqliteStore):
                 raise damage
             self.copy = _checked(directory, verify)
             fault = _fault(damage, self.copy)
-            database = _ReadOnly(self.copy, fault, directory)
+            with translated(directory, f"read {directory}/{copies.NAME}"):
+                database = _ReadOnly(self.copy, fault, directory)
         except BaseException:
             os.close(lock)
             raise
@@ -109,7 +128,18 @@ class RecoveredStore(SqliteStore):
         assert self.fault is not None
         raise self.fault.with_traceback(None)
 
-    past_fence = history = audit = _unknown
+    history = audit = latest_report = _unknown
+
+    def past_fence(self, generation: int) -> FenceRow | None:
+        return super().past_fence(generation) or self._unknown()
+
+    def report(self, digest: str) -> ReportRow | None:
+        return super().report(digest) or self._unknown()
+
+    @property
+    def rolls(self) -> Rolls:
+        assert self.fault is not None
+        return _LostCombos(self._database, self.fault)
 
     # Back to a store
 
@@ -120,19 +150,19 @@ class RecoveredStore(SqliteStore):
         return max([self.copy.generation, *found])
 
     def restored(self, above: int, audit: Audit) -> SqliteStore:
-        """A new store whose history begins with the copy's fence, one generation above `above` and every known one.
+        """A new store whose history begins with the copy's fence, at a generation above `above` and every known one.
 
-        What was set aside stays where it is. Raises StoreError, after which this is as it was; also where there is a
-        database, which could only not be opened (kvmneg.store.opening).
+        While lowering, both fences are above. What was set aside stays where it is. Raises StoreError, after which this
+        is as it was; also where there is a database, which could only not be opened (kvmneg.store.opening).
         """
-        generation = max(above, self.known_generation()) + 1
         copy = self.copy
+        generation = max(above, self.known_generation()) + (2 if copy.base is not None else 1)
         reason = (
             f"restored from the copy of generation {copy.generation}, made at {copy.made_at}: {audit.reason}"
         )
 
         def fill(connection: sqlite3.Connection) -> None:
-            first_row(connection, generation, (copy.digest, copy.text), audit._replace(reason=reason))
+            copying.fill(connection, copy, generation, audit._replace(reason=reason))
 
         if os.path.lexists(f"{self._directory}/{statedir.DATABASE}"):
             raise StoreError("there is a database", hint="start the daemon again: it was only not readable")

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from kvmneg.store.interface import Audit
     from kvmneg.store.transactions import Database
 
-_COMBO = "digest, document, report, first_at, last_at"
-_ROLL = "combo, at, uid, pid, process, reason"
+COMBO = "digest, document, report, first_at, last_at"
+ROLL = "combo, at, uid, pid, process, reason"
 
 
 class ComboRow(NamedTuple):
@@ -80,13 +80,13 @@ class Rolls:
     def combos(self, limit: int) -> list[ComboRow]:
         """The combos ever measured, the one recorded last first (by order, not by its time)."""
         with self._database.reading("read the combos") as connection:
-            query = f"SELECT {_COMBO} FROM combos ORDER BY seen DESC LIMIT ?"
+            query = f"SELECT {COMBO} FROM combos ORDER BY seen DESC LIMIT ?"
             return [ComboRow(*row) for row in connection.execute(query, (max(0, limit),))]
 
     def find(self, prefix: str) -> list[ComboRow]:
         """The combos whose digest begins so: one for a whole digest, two at most."""
         with self._database.reading("read the combos") as connection:
-            query = f"SELECT {_COMBO} FROM combos WHERE substr(digest, 1, ?) = ? LIMIT 2"
+            query = f"SELECT {COMBO} FROM combos WHERE substr(digest, 1, ?) = ? LIMIT 2"
             return [ComboRow(*row) for row in connection.execute(query, (len(prefix), prefix))]
 
     def report(self, combo: str) -> ReportRow | None:
@@ -119,7 +119,7 @@ class Rolls:
     def members(self) -> list[RollRow]:
         """The roll-back set, oldest member first."""
         with self._database.reading("read the roll-back set") as connection:
-            query = f"SELECT {_ROLL} FROM rolls ORDER BY place"
+            query = f"SELECT {ROLL} FROM rolls ORDER BY place"
             return [RollRow(*row) for row in connection.execute(query)]
 
     def add(self, combo: str, generation: int, audit: Audit) -> bool:
@@ -134,7 +134,7 @@ class Rolls:
             if count >= limits.ROLLBACK_COMBOS:
                 raise LimitExceeded("ROLLBACK_COMBOS", limits.ROLLBACK_COMBOS, hint="remove one first")
             row = combo, audit.at, audit.uid, audit.pid, storable(audit.process), storable(audit.reason)
-            connection.execute(f"INSERT INTO rolls ({_ROLL}) VALUES (?, ?, ?, ?, ?, ?)", row)
+            connection.execute(f"INSERT INTO rolls ({ROLL}) VALUES (?, ?, ?, ?, ?, ?)", row)
             append(connection, "rollback-add", generation, audit, {"combo": combo})
         return True
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _FENCE = "generation, digest, text, at, uid, pid, reason"
 _HISTORY = "COALESCE(step, action), generation, at, uid, pid, reason, digest, process"
-_REPORT = "digest, combo_digest, at, body"
+REPORT = "digest, combo_digest, at, body"
 
 
 class SqliteStore:
@@ -59,7 +59,7 @@ class SqliteStore:
     ) -> None:
         self._directory = directory
         self._verify = verify
-        self._copied: tuple[int, str] | None = None
+        self._copied: tuple[Any, ...] | None = None
         statedir.prepare(directory)
         self._lock = statedir.lock(directory) if lock is None else lock
         try:
@@ -98,14 +98,14 @@ class SqliteStore:
         self._database.retry()
 
     def copy_out(self, at: str) -> bool:
-        with self._reading("read the fence") as connection:
-            row = _newest(connection) or (0, "", None, "", 0, 0, "")
-        state = row[0], row[1]
-        if self._copied == state:
-            return False
-        from kvmneg.store import copies  # only where a fence changed
+        from kvmneg.store import copies, copying  # a moment after a change, never before the first call
 
-        copies.write(self._directory, copies.Copy._make((at, *row, [])))
+        with self._reading("read what is to be copied") as connection:
+            state = copying.state(connection)
+            if self._copied == state:
+                return False
+            copy = copying.take(connection, at)
+        copies.write(self._directory, copy)
         self._copied = state
         return True
 
@@ -123,7 +123,7 @@ class SqliteStore:
 
     def fence(self) -> FenceRow | None:
         with self._reading("read the fence") as connection:
-            row = _newest(connection)
+            row = newest(connection)
         return self._checked(row)
 
     def past_fence(self, generation: int) -> FenceRow | None:
@@ -170,7 +170,7 @@ class SqliteStore:
     def unpin(self, *, expected_generation: int | None, audit: Audit, floating: bool = False) -> int:
         with self._changing("unpin the fence") as connection:
             generation = expect(connection, expected_generation) + 1
-            row = _newest(connection)
+            row = newest(connection)
             if not floating and (row is None or row[2] is None):
                 raise NotPinned("no fence is pinned")
             digest = row[1] if row else ""
@@ -242,24 +242,16 @@ class SqliteStore:
 
     def latest_report(self) -> ReportRow | None:
         with self._reading("read the reports") as connection:
-            row = connection.execute(f"SELECT {_REPORT} FROM reports ORDER BY seen DESC LIMIT 1").fetchone()
+            row = connection.execute(f"SELECT {REPORT} FROM reports ORDER BY seen DESC LIMIT 1").fetchone()
         return ReportRow(*row) if row else None
 
     def report(self, digest: str) -> ReportRow | None:
         with self._reading("read the reports") as connection:
-            row = connection.execute(f"SELECT {_REPORT} FROM reports WHERE digest = ?", (digest,)).fetchone()
+            row = connection.execute(f"SELECT {REPORT} FROM reports WHERE digest = ?", (digest,)).fetchone()
         return ReportRow(*row) if row else None
 
 
-def first_row(connection: Connection, generation: int, fence: tuple[str, str | None], audit: Audit) -> None:
-    """Begin the history of a new database with a fence (its digest and text) of another one."""
-    connection.execute("BEGIN IMMEDIATE")
-    append(connection, generation, "unpin" if fence[1] is None else "pin", fence, audit)
-    audits.append(connection, "restore", generation, audit, {"digest": fence[0]})
-    connection.execute("COMMIT")
-
-
-def _newest(connection: Connection) -> tuple[Any, ...] | None:
+def newest(connection: Connection) -> tuple[Any, ...] | None:
     """The newest row of the history, pin or unpin: columns of _FENCE."""
     query = f"SELECT {_FENCE} FROM fence_history ORDER BY generation DESC LIMIT 1"
     row: tuple[Any, ...] | None = connection.execute(query).fetchone()

@@ -237,7 +237,7 @@ from kvmneg.store import copies
 os.mkdir(sys.argv[1])
 if sys.argv[2]: os.fsync = lambda descriptor: None
 for generation in (1, 2):
-    copies.write(sys.argv[1], copies.Copy("now", generation, "d", "text" * 1000, "now", 0, 0, "r", []))
+    copies.write(sys.argv[1], copies.Copy("now", generation, "d", "text" * 1000, "now", 0, 0, "r"))
 """
     state = disk.root / "state"
     for sabotage in ("", "no syncs"):

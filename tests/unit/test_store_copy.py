@@ -56,7 +56,7 @@ def recovered(state: Path) -> RecoveredStore:
 
 def test_the_copy_says_what_the_store_says(state: Path) -> None:
     copy = copies.read(str(state))
-    assert copy == (NOW, 2, sha256("two"), "two", AUDIT.at, 1000, 42, AUDIT.reason, [])
+    assert copy == copies.Copy(NOW, 2, sha256("two"), "two", AUDIT.at, 1000, 42, AUDIT.reason)
     assert stat.S_IMODE((state / "fence.copy").stat().st_mode) == 0o600
     with SqliteStore(str(state)) as store:
         assert store.copy_out("later")  # once after each start: it may have been removed or edited
