@@ -138,25 +138,36 @@ def test_a_daemon_starts_on_a_full_disk(daemon: Daemon, disk: Disk) -> None:
 
 
 class Known(NamedTuple):
-    """What clients know: the fence's generation and digest, the VMs that hold a contract."""
+    """What clients know: the fence's generation and digest, the VMs that hold a contract, what is proposed."""
 
     generation: int
     digest: str | None
     held: frozenset[str]
+    proposal: str = ""
+    rolls: int = 0
 
 
 def steps(client: Client, first: Known) -> Iterator[Known]:
-    """Pins, begins and ends; what is known after each."""
+    """Pins, begins, an end, a combo to return to, a lowering; what is known after each."""
     known = first
-    for number in range(first.generation, first.generation + 3):
-        answer = client.fence_pin("a step", source=LEVELS[number % 2])
+    for number in range(first.generation, first.generation + 2):
+        answer = client.fence_pin("a step", source=LEVELS[number - first.generation])
         known = known._replace(generation=answer["generation"], digest=answer["digest"])
         yield known
         begin(client, number)
         known = known._replace(held=known.held | {vm(number)})
         yield known
     undo(client, number)
-    yield known._replace(held=known.held - {vm(number)})
+    known = known._replace(held=known.held - {vm(number)})
+    yield known
+    client.rollback_add("running", "a step")
+    known = known._replace(rolls=1)
+    yield known
+    answer = client.fence_lower("a step", without=["popcnt"])
+    known = known._replace(generation=answer["generation"], digest=answer["digest"], proposal="lower")
+    yield known
+    client.fence_commit("a step")
+    yield known._replace(proposal="")
 
 
 def acknowledged(operation: Operation) -> bool:
@@ -165,7 +176,8 @@ def acknowledged(operation: Operation) -> bool:
         return False
     reply = json.loads(operation.data.removesuffix(b"\0"))
     parameters = reply.get("parameters", {})
-    return reply == {} or "path" in parameters or ("text" in parameters and "state" not in parameters)
+    told = {"path", "plan", "changed"} & parameters.keys()
+    return reply == {} or bool(told) or ("text" in parameters and "state" not in parameters)
 
 
 @functools.cache  # a few fences in hundreds of stores
@@ -199,13 +211,15 @@ def found(state: Path) -> Known:
     with SqliteStore(str(state), verify=digest_of) as store:
         fence = store.fence()
         held = frozenset(grant.vm for grant in store.leases.outstanding())
-        generation = store.generation()
+        generation, rolls, proposal = store.generation(), len(store.rolls.members()), store.level().proposal
+        open_one = store.levels.proposal()
+        assert proposal == (open_one.kind if open_one else "")
         if (state / copies.NAME).exists():
             copy = copies.read(str(state))
             assert copy.generation <= generation
             past = store.past_fence(copy.generation)
             assert (copy.digest, copy.text) == ((past.digest, past.text) if past else ("", None))
-    return Known(generation, fence.digest if fence else None, held)
+    return Known(generation, fence.digest if fence else None, held, proposal, rolls)
 
 
 def test_what_a_client_was_told_survives_a_power_cut(
