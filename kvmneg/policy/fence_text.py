@@ -115,8 +115,17 @@ class Fence:
         """Read a text. Raises BadInput with file and line for whatever is not exactly understood."""
         if len(text.encode("utf-8", "surrogatepass")) > limits.FENCE_BYTES:
             raise BadInput(f"larger than {limits.FENCE_BYTES} bytes", file=file)
-        reader = _Reader(file)
-        return cls(reader.read(text), generation, registers=tuple(reader.registers))
+        if text not in _last:
+            reader = _Reader(file)
+            read = reader.read(text), tuple(reader.registers)
+            _last.clear()
+            _last[text] = read
+        granted, registers = _last[text]
+        return cls(granted, generation, registers=registers)
+
+
+# What was read last: a fence that is pinned is read as it comes, and again before it is stored.
+_last: dict[str, tuple[FeatureSet, tuple[int, ...]]] = {}
 
 
 def _lines(rule: WordRules, granted: FeatureSet) -> Iterator[str]:

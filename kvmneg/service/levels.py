@@ -72,14 +72,30 @@ def member(node: Standing) -> Member:
 
 def measured(report: Report) -> Measured:
     """A report as the state machine takes it: what any VMM's guests may be given."""
+    if report is not _last_report[0]:
+        _last_report[:] = report, _measured(report)
+    found: Measured = _last_report[1]
+    return found
+
+
+_last_report: list[Any] = [None, None]  # a host is asked for its own again and again
+
+
+def _measured(report: Report) -> Measured:
     name = str(report.combo.get("kernel") or report.combo_digest()[:19])
     return Measured(report.combo_digest(), name, vmms.reach(report), report)
 
 
 def roll(node: Standing) -> tuple[Measured, ...]:
     """The combos that the admin wants to return to."""
-    rolls = getattr(node.store, "rolls", None)
-    return () if rolls is None else tuple(measured(opened(row)) for row in rolls.reports())
+    rows = node.store.rolls.reports()
+    kept = {row.digest: _rolled.get(row.digest) or _measured(opened(row)) for row in rows}
+    _rolled.clear()
+    _rolled.update(kept)
+    return tuple(kept.values())
+
+
+_rolled: dict[str, Measured] = {}  # by digest: what was measured does not change
 
 
 def opened(row: ReportRow) -> Report:
