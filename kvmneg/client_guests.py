@@ -44,15 +44,24 @@ class GuestCalls:
 
     def guests_receive(
         self,
-        contract: Mapping[str, Any],
+        contract: Mapping[str, Any] | bytes,
         vm: str,
         *,
         vmm: str | None = None,
         hold: bool | None = None,
         pid: int | None = None,
     ) -> dict[str, Any]:
-        """digest, path, incarnation: a VM comes from another host. Raises Blocked, BadInput, UsageError."""
-        given = {"contract": dict(contract), "vm": vm, "vmm": vmm, "hold": hold, "pid": pid}
+        """As begin(): a VM comes from another host with its contract, as JSON or in its binary form.
+
+        Raises Blocked, BadInput, UsageError.
+        """
+        given: dict[str, Any] = {"vm": vm, "vmm": vmm, "hold": hold, "pid": pid}
+        if isinstance(contract, bytes):
+            from base64 import b64encode  # most bring it as JSON
+
+            given["binary"] = b64encode(contract).decode("ascii")
+        else:
+            given["contract"] = dict(contract)
         return self.call("org.kvmneg.Guests.Receive", given)
 
     def guests_import(

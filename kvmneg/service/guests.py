@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from kvmneg.errors import Blocked, UsageError
+from kvmneg.errors import BadInput, Blocked, UsageError
 from kvmneg.policy import negotiation
 from kvmneg.policy.request import Request
+from kvmneg.service.interfaces import granted
 from kvmneg.service.node import uuid
 
 TYPE_CHECKING = False
@@ -88,7 +89,7 @@ def _hand_over(node: Node, connection: Connection, given: dict[str, Any]) -> dic
 
 def _receive(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
     holder = node.leases.holder(connection, given.get("hold"), given.get("pid"))
-    contract = _contract(given["contract"])
+    contract = _incoming(given)
     held = node.leases.held(uuid(given["vm"]), contract.digest.removeprefix("sha256:"), connection, holder)
     if held is None:  # else a migration inside this host, or asked twice
         node.refresh(fresh=True)
@@ -96,8 +97,26 @@ def _receive(node: Node, connection: Connection, given: dict[str, Any]) -> dict[
         if blockers:
             raise Blocked(f"host {node.report.host} cannot take this guest", blockers)
         held = node.leases.begin(contract, uuid(given["vm"]), node.generation, connection, holder=holder)
-    lease, path = held
-    return {"digest": contract.digest, "path": path, "incarnation": lease.incarnation}
+    return granted(*held)
+
+
+def _incoming(given: dict[str, Any]) -> Contract:
+    """The contract that came with a guest, in either of its forms. Raises UsageError, BadInput."""
+    if ("contract" in given) == ("binary" in given):
+        raise UsageError(
+            "a guest comes with its contract as JSON or in its binary form", hint="give one of both"
+        )
+    if "contract" in given:
+        return _contract(given["contract"])
+    import binascii
+
+    from kvmneg.policy.contract import Contract
+
+    try:
+        data = binascii.a2b_base64(given["binary"], strict_mode=True)
+    except ValueError as error:
+        raise BadInput(f"the contract's binary form is no Base64: {error}") from None
+    return Contract.from_binary(data, file="the contract that came")
 
 
 def _contract(document: dict[str, Any]) -> Contract:

@@ -105,13 +105,7 @@ class Interfaces:
             hold=parameters.get("hold"),
             pid=parameters.get("pid"),
         )
-        return {
-            "digest": parameters["digest"],
-            "generation": lease.generation,
-            "path": path,
-            "expiresInSeconds": int(limits.LEASE_UNSTARTED_SECONDS),
-            "incarnation": lease.incarnation,
-        }
+        return granted(lease, path)
 
     def _started(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
         self._node.leases.started(self._lease(connection, parameters))
@@ -192,6 +186,17 @@ class Interfaces:
         names = ("action", "generation", "at", "uid", "pid", "reason", "digest")
         entries = ({name: getattr(row, name) for name in names} for row in rows)
         return {"entries": that_fit(entries, limits.REPLY_BYTES - 1024)}
+
+
+def granted(lease: Lease, path: str) -> dict[str, Any]:
+    """What a VM was given, as Begin and Guests.Receive answer it: `path` is the file with the binary form."""
+    return {
+        "digest": "sha256:" + lease.digest,
+        "generation": lease.generation,
+        "path": path,
+        "expiresInSeconds": int(limits.LEASE_UNSTARTED_SECONDS),
+        "incarnation": lease.incarnation,
+    }
 
 
 def that_fit(entries: Iterable[dict[str, Any]], room: int) -> list[dict[str, Any]]:

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvmneg import limits
 from kvmneg.errors import BadInput, Blocked, LimitExceeded, UsageError
+from kvmneg.policy.contract import Contract
 
 from .test_daemon import as_user
 
@@ -199,6 +202,31 @@ def test_a_guest_from_elsewhere_brings_its_contract(daemon: Daemon) -> None:
             client.guests_receive(document, OTHER_VM)
         with pytest.raises(BadInput):
             client.guests_receive({"format": "kvmneg.contract/1"}, OTHER_VM)
+    assert [one["vm"] for one in guests(daemon)] == [VM]
+
+
+def test_a_guest_from_elsewhere_brings_its_contract_in_binary(daemon: Daemon) -> None:
+    """The same lease either way: JSON and the binary form are one contract."""
+    with daemon.client() as client:
+        offer = client.negotiate(V2)
+        binary = Contract.from_json(offer["contract"]).binary()
+        received = client.guests_receive(binary, VM)
+        assert Path(received["path"]).read_bytes() == binary
+        assert client.guests_receive(offer["contract"], VM) == received
+        assert received["digest"] == offer["digest"]
+        assert received["generation"] == offer["generation"]
+        assert received["expiresInSeconds"] == limits.LEASE_UNSTARTED_SECONDS
+        for changed in (b"", binary[:-1], binary[:-1] + bytes([binary[-1] ^ 1])):
+            with pytest.raises(BadInput, match="contract"):
+                client.guests_receive(changed, OTHER_VM)
+        good = b64encode(binary).decode()
+        for text in ("!" + good, good + "=", good[:-1], good[:8] + "\n" + good[8:]):
+            with pytest.raises(BadInput, match="Base64"):
+                client.call("org.kvmneg.Guests.Receive", {"binary": text, "vm": OTHER_VM})
+        both = {"binary": good, "contract": offer["contract"], "vm": OTHER_VM}
+        for given in (both, {"vm": OTHER_VM}):
+            with pytest.raises(UsageError, match="as JSON or in its binary form"):
+                client.call("org.kvmneg.Guests.Receive", given)
     assert [one["vm"] for one in guests(daemon)] == [VM]
 
 
