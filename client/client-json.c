@@ -107,24 +107,42 @@ static bool is_ascii(const char *text, size_t size) {
         return true;
 }
 
-int kvmneg_client_call_of_strings(const char *method, const char *const *parameters, char **ret_call,
-                                  size_t *ret_size) {
+/* The value of a parameter; NULL where it is left out. */
+static int value_of(const struct parameter *parameter, struct json_object **ret_value) {
+        struct json_object *value = NULL;
+        size_t size = parameter->text ? strnlen(parameter->text, (size_t) KVMNEG_CLIENT_CALL_MAX + 1) : 0;
+
+        if (size > KVMNEG_CLIENT_CALL_MAX)
+                return -EMSGSIZE;
+        if (parameter->text && !is_ascii(parameter->text, size))
+                return -EINVAL;
+        if (parameter->number)
+                value = json_object_new_int64(parameter->number);
+        else if (parameter->text)
+                value = json_object_new_string_len(parameter->text, (int) size);
+        else if (!parameter->may_lack)
+                return -EINVAL;
+        if (!value && (parameter->number || parameter->text))
+                return -ENOMEM;
+        *ret_value = value;
+        return 0;
+}
+
+int kvmneg_client_call_of(const char *method, const struct parameter *parameters, char **ret_call, size_t *ret_size) {
         struct json_object *object = json_object_new_object();
 
         if (!object)
                 return -ENOMEM;
-        for (const char *const *at = parameters; *at; at += 2) {
-                size_t size = at[1] ? strnlen(at[1], (size_t) KVMNEG_CLIENT_CALL_MAX + 1) : 0;
-                struct json_object *text;
-                int r = !at[1] ? -EINVAL : size > KVMNEG_CLIENT_CALL_MAX ? -EMSGSIZE : 0;
+        for (const struct parameter *at = parameters; at->name; at++) {
+                struct json_object *value = NULL;
+                int r = value_of(at, &value);
 
-                if (r == 0 && !is_ascii(at[1], size))
-                        r = -EINVAL;
-                text = r == 0 ? json_object_new_string_len(at[1], (int) size) : NULL;
-                if (!text || json_object_object_add(object, at[0], text) < 0) {
-                        json_object_put(text);
+                if (r == 0 && value && json_object_object_add(object, at->name, value) < 0)
+                        r = -ENOMEM;
+                if (r < 0) {
+                        json_object_put(value);
                         json_object_put(object);
-                        return r < 0 ? r : -ENOMEM;
+                        return r;
                 }
         }
         return call_of(method, object, ret_call, ret_size);

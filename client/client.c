@@ -169,19 +169,26 @@ static int read_grant(const struct document *document, const char *digest, struc
         return grant->path ? 0 : -ENOMEM;
 }
 
+/* "sha256:" and the digits, of a contract's own bytes. */
+static void digest_text(const struct kvmneg_contract *contract, char text[static KVMNEG_CLIENT_DIGEST_SIZE]) {
+        struct kvmneg_contract_info info;
+        char *at = stpcpy(text, "sha256:");
+
+        kvmneg_contract_describe(contract, &info);
+        for (size_t byte = 0; byte < sizeof(info.digest); byte++, at += 2)
+                snprintf(at, 3, "%02x", info.digest[byte]);
+}
+
 /* The contract of a grant: the file under its path could be another's, so its own digest is compared. */
 static int open_contract(const struct kvmneg_grant *grant, struct kvmneg_contract **ret_contract) {
         struct kvmneg_contract *contract = NULL;
-        struct kvmneg_contract_info info;
-        char hex[2 * sizeof(info.digest) + 1];
+        char digest[KVMNEG_CLIENT_DIGEST_SIZE];
         int r = kvmneg_contract_open(grant->path, &contract, NULL);
 
         if (r < 0)
                 return r;
-        kvmneg_contract_describe(contract, &info);
-        for (size_t at = 0; at < sizeof(info.digest); at++)
-                snprintf(hex + 2 * at, 3, "%02x", info.digest[at]);
-        if (strcmp(grant->digest + sizeof("sha256:") - 1, hex) != 0) {
+        digest_text(contract, digest);
+        if (strcmp(grant->digest, digest) != 0) {
                 kvmneg_contract_free(contract);
                 return -EBADE;
         }
@@ -189,16 +196,16 @@ static int open_contract(const struct kvmneg_grant *grant, struct kvmneg_contrac
         return 0;
 }
 
-int kvmneg_begin(const char *socket, const char *digest, const char *vm, int timeout_ms,
-                 struct kvmneg_contract **ret_contract, struct kvmneg_grant **ret_grant,
-                 struct kvmneg_refusal **ret_refusal) {
-        const char *const parameters[] = { "digest", digest, "vm", vm, NULL };
+/* A method that gives the VM of its parameters the contract `digest`. */
+static int be_granted(const char *socket, const char *method, const struct parameter *parameters, const char *digest,
+                      int timeout_ms, struct kvmneg_contract **ret_contract, struct kvmneg_grant **ret_grant,
+                      struct kvmneg_refusal **ret_refusal) {
         struct kvmneg_grant *grant;
-        struct document *document;
+        struct document *document = NULL;
         struct reply reply;
         size_t size;
         char *call;
-        int r = kvmneg_client_call_of_strings("org.kvmneg.Begin", parameters, &call, &size);
+        int r = kvmneg_client_call_of(method, parameters, &call, &size);
 
         if (r == 0)
                 r = ask(socket, call, size, timeout_ms, &reply, &document, ret_refusal);
@@ -217,15 +224,87 @@ int kvmneg_begin(const char *socket, const char *digest, const char *vm, int tim
         return r;
 }
 
+int kvmneg_begin(const char *socket, const char *digest, const char *vm, int pid, int timeout_ms,
+                 struct kvmneg_contract **ret_contract, struct kvmneg_grant **ret_grant,
+                 struct kvmneg_refusal **ret_refusal) {
+        const struct parameter parameters[] = {
+                { .name = "digest", .text = digest },
+                { .name = "vm", .text = vm },
+                { .name = "pid", .number = pid, .may_lack = true },
+                { .name = NULL },
+        };
+
+        if (pid < 0)
+                return -EINVAL;
+        return be_granted(socket, "org.kvmneg.Begin", parameters, digest, timeout_ms, ret_contract, ret_grant,
+                          ret_refusal);
+}
+
+/* Base64 (RFC 4648, section 4) with padding, released with free(3). */
+static int base64_of(const unsigned char *bytes, uint64_t size, char **ret_text) {
+        static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        char *text, *put;
+
+        if (size > KVMNEG_CLIENT_CALL_MAX / 4 * 3)
+                return -EMSGSIZE;
+        text = put = malloc((size + 2) / 3 * 4 + 1);
+        if (!text)
+                return -ENOMEM;
+        for (uint64_t at = 0; at < size; at += 3) {
+                uint64_t left = size - at;
+                uint32_t three = (uint32_t) bytes[at] << 16;
+
+                three |= left > 1 ? (uint32_t) bytes[at + 1] << 8 : 0;
+                three |= left > 2 ? (uint32_t) bytes[at + 2] : 0;
+                *put++ = digits[three >> 18];
+                *put++ = digits[three >> 12 & 63];
+                *put++ = left > 1 ? digits[three >> 6 & 63] : '=';
+                *put++ = left > 2 ? digits[three & 63] : '=';
+        }
+        *put = 0;
+        *ret_text = text;
+        return 0;
+}
+
+int kvmneg_receive(const char *socket, const struct kvmneg_contract *contract, const char *vm, const char *vmm, int pid,
+                   int timeout_ms, struct kvmneg_contract **ret_contract, struct kvmneg_grant **ret_grant,
+                   struct kvmneg_refusal **ret_refusal) {
+        struct parameter parameters[] = {
+                { .name = "binary" },
+                { .name = "vm", .text = vm },
+                { .name = "vmm", .text = vmm, .may_lack = true },
+                { .name = "pid", .number = pid, .may_lack = true },
+                { .name = NULL },
+        };
+        char digest[KVMNEG_CLIENT_DIGEST_SIZE];
+        const unsigned char *bytes;
+        uint64_t size;
+        char *binary;
+        int r;
+
+        if (pid < 0 || !contract)
+                return -EINVAL;
+        bytes = kvmneg_contract_bytes(contract, &size);
+        r = base64_of(bytes, size, &binary);
+        if (r < 0)
+                return r;
+        digest_text(contract, digest);
+        parameters[0].text = binary;
+        r = be_granted(socket, "org.kvmneg.Guests.Receive", parameters, digest, timeout_ms, ret_contract, ret_grant,
+                       ret_refusal);
+        free(binary);
+        return r;
+}
+
 /* A method that says one thing about a VM, and has nothing to hear. */
 static int tell(const char *socket, const char *method, const char *vm, int timeout_ms,
                 struct kvmneg_refusal **ret_refusal) {
-        const char *const parameters[] = { "vm", vm, NULL };
+        const struct parameter parameters[] = { { .name = "vm", .text = vm }, { .name = NULL } };
         struct document *document;
         struct reply reply;
         size_t size;
         char *call;
-        int r = kvmneg_client_call_of_strings(method, parameters, &call, &size);
+        int r = kvmneg_client_call_of(method, parameters, &call, &size);
 
         if (r == 0)
                 r = ask(socket, call, size, timeout_ms, &reply, &document, ret_refusal);

@@ -22,11 +22,18 @@ struct document; /* what was parsed */
 
 struct document *kvmneg_client_document_free(struct document *document);
 
-/* The call {"method": method, "parameters": ...}, released with free(3). `parameters` is JSON; the other has names and
- * strings in turn, up to a NULL. -EINVAL, -EMSGSIZE. */
+/* A text, or a number where that is not 0; what has neither is left out where it may be, else it is -EINVAL. */
+struct parameter {
+        const char *name;
+        const char *text;
+        int64_t number;
+        bool may_lack;
+};
+
+/* The call {"method": method, "parameters": ...}, released with free(3). `parameters` is JSON, or an array that ends
+ * with one that has no name. -EINVAL, -EMSGSIZE. */
 int kvmneg_client_call_of_json(const char *method, const char *parameters, char **ret_call, size_t *ret_size);
-int kvmneg_client_call_of_strings(const char *method, const char *const *parameters, char **ret_call,
-                                  size_t *ret_size);
+int kvmneg_client_call_of(const char *method, const struct parameter *parameters, char **ret_call, size_t *ret_size);
 
 /* 0: a result. -EREMOTEIO: an error, and *ret_document is it too. Anything else: no document. */
 int kvmneg_client_parse(const struct reply *reply, struct document **ret_document);

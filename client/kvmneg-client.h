@@ -5,6 +5,7 @@
  *      request      {"request": {"level": "x86-64-v2", "optional": ["avx2"]}, "digestOnly": true}
  *      negotiate    an offer; binds nobody
  *      begin        the contract of one VM, opened; from here it counts as a guest's
+ *      receive      the same for a VM that comes from another host, with the contract it has there
  *      started      the VM runs: the contract does not expire any more
  *      end          the VM is gone
  *
@@ -12,14 +13,15 @@
  *   - it returns 0 on success and a negative errno on failure;
  *   - what a `ret_` parameter points to is written on success only, but for `ret_refusal`;
  *   - it blocks, for `timeout_ms` milliseconds in all, connecting included; without a limit if that is negative;
- *   - it makes one connection for one call and closes it; a VM's contract does not depend on a connection;
+ *   - it makes one connection for one call and closes it; a VM's contract does not depend on a connection, but on a
+ *     process where one is named;
  *   - it keeps no state, has no globals, never logs, raises no signal (SIGPIPE neither), goes on after EINTR, and may be
  *     called from any thread;
  *   - descriptors it opens have O_CLOEXEC, and none is left open.
  *
  *      -EREMOTEIO    the daemon said no: *ret_refusal (unless NULL) tells which error it is, and why
- *      -EINVAL       `request` is no JSON object, or another argument is NULL or not printable ASCII; `socket` is too
- *                    long or empty
+ *      -EINVAL       `request` is no JSON object, or another argument is NULL or not printable ASCII; `pid` is
+ *                    negative; `socket` is too long or empty
  *      -EMSGSIZE     the call is longer than KVMNEG_CLIENT_CALL_MAX
  *      -ENOENT, -ECONNREFUSED, -EACCES, ...  from connect(2): nobody serves there, or not for this user
  *      -ETIMEDOUT    no whole reply in time
@@ -84,7 +86,7 @@ struct kvmneg_offer *kvmneg_offer_free(struct kvmneg_offer *offer);
 struct kvmneg_grant {
         char digest[KVMNEG_CLIENT_DIGEST_SIZE];
         uint64_t generation;
-        uint64_t expires_in_seconds; /* by then kvmneg_started() has to be called */
+        uint64_t expires_in_seconds; /* by then kvmneg_started() has to be called, unless a process keeps it */
         const char *path;            /* the file with its binary form, absolute; it is there while a VM holds it */
 };
 
@@ -104,14 +106,30 @@ int kvmneg_negotiate(const char *socket, const char *request, int timeout_ms, st
  * Method Begin: takes the offer `digest` for the VM with the UUID `vm`, and opens the file with its contract
  * (kvmneg_contract_open(); release it with kvmneg_contract_free()). `ret_contract` may be NULL, then nothing is opened,
  * and so may `ret_grant`. Calling it again is no error.
+ *
+ * `pid` is the process that runs the VM, getpid() of a VMM that asks for itself: the VM counts for as long as it lives,
+ * so that a VMM that is killed needs no kvmneg_end(). 0: the grant lasts until kvmneg_end(), and expires where
+ * kvmneg_started() does not come in time. It is the number that the daemon sees: across PID namespaces give 0.
  *   -EBADMSG     also where the file is no contract
  *   -EBADE       the daemon grants another digest than it was asked for, or the file has another one
  *   -ENOENT, -EACCES, ...  from open(2) too
  * Where it fails after the daemon granted, the grant expires by itself; kvmneg_end() takes it back at once.
  */
-int kvmneg_begin(const char *socket, const char *digest, const char *vm, int timeout_ms,
+int kvmneg_begin(const char *socket, const char *digest, const char *vm, int pid, int timeout_ms,
                  struct kvmneg_contract **ret_contract, struct kvmneg_grant **ret_grant,
                  struct kvmneg_refusal **ret_refusal);
+
+/*
+ * Method Receive of org.kvmneg.Guests, in the place of kvmneg_negotiate() and kvmneg_begin(): the VM comes from another
+ * host with its contract, which it keeps. The daemon judges it by what this host accepts from an incoming guest, which
+ * can be more than it offers to new ones: to be called before any of the guest's state is loaded. `vmm` is what runs it
+ * here ("qemu-10.0"; NULL: what KVM accepts counts); the rest is as for kvmneg_begin(), and so are the errors.
+ * `ret_contract` is the file that the daemon keeps: the bytes of `contract`.
+ *   -EMSGSIZE    the contract does not fit a call
+ */
+int kvmneg_receive(const char *socket, const struct kvmneg_contract *contract, const char *vm, const char *vmm, int pid,
+                   int timeout_ms, struct kvmneg_contract **ret_contract, struct kvmneg_grant **ret_grant,
+                   struct kvmneg_refusal **ret_refusal);
 
 /* Method Started: the VM runs. */
 int kvmneg_started(const char *socket, const char *vm, int timeout_ms, struct kvmneg_refusal **ret_refusal);

@@ -4,10 +4,11 @@
  * and receive_guest().
  *
  *      cc -o minivmm-move minivmm-move-arm64.c $(pkg-config --cflags --libs libkvmneg-client libkvmneg)
- *      ./minivmm-move UUID REQUEST --receive 7000 [--send HOST:PORT] [--socket PATH]
- *      ./minivmm-move UUID REQUEST --send HOST:PORT [--socket PATH]
+ *      ./minivmm-move UUID --receive 7000 [--send HOST:PORT] [--socket PATH]
+ *      ./minivmm-move UUID --request JSON --send HOST:PORT [--socket PATH]
  *
- * The guest starts here, or comes from elsewhere (--receive: on 127.0.0.1, as this page has no encryption). It runs for
+ * The guest starts here, or comes from elsewhere with its contract, which its new host judges by what it accepts from such
+ * a guest, and then counts (--receive: on 127.0.0.1, as this page has no encryption). It runs for
  * some steps: in each it reads its ID registers, compares them with what it saw first, looks whether its clock went back,
  * and counts. Then it goes elsewhere (--send), or ends. Where the other host does not take it, it goes on here.
  *
@@ -30,7 +31,6 @@ enum { REGISTERS = 4096, WIDEST = 256 };
 
 /* What goes before the contract's bytes, the memory, and the registers. Both hosts are little-endian: KVM knows no other. */
 struct arrival {
-        uint8_t digest[32];
         uint64_t contract, memory, registers, count;
         struct kvm_mp_state mp_state;
         struct kvm_vcpu_events events;
@@ -115,14 +115,11 @@ static int send_guest(struct guest *guest, int fd) {
         struct arrival arrival = { .memory = MEMORY, .count = guest->count };
         const void *bytes = kvmneg_contract_bytes(guest->contract, &arrival.contract);
         struct kvmneg_registers *list;
-        struct kvmneg_contract_info info;
         int32_t answer;
         int r = kvmneg_get_registers(guest->machine.vcpu, 0, &list, NULL);
 
         if (r < 0)
                 die("KVM_GET_REG_LIST", r);
-        kvmneg_contract_describe(guest->contract, &info);
-        memcpy(arrival.digest, info.digest, sizeof(arrival.digest));
         arrival.registers = list->count;
         check("KVM_GET_MP_STATE", ioctl(guest->machine.vcpu, KVM_GET_MP_STATE, &arrival.mp_state));
         check("KVM_GET_VCPU_EVENTS", ioctl(guest->machine.vcpu, KVM_GET_VCPU_EVENTS, &arrival.events));
@@ -170,32 +167,16 @@ static int set_registers(struct guest *guest, struct content *contents, uint64_t
         return r;
 }
 
-/* Whether this host grants the guest what it has, so that what its daemon counts is what is there. Both are in one order. */
-static int compare(const struct kvmneg_contract *has, const struct kvmneg_contract *granted) {
-        struct kvmneg_bound_word word, other;
-        int r = 0;
-
-        for (uint32_t at = 0, place = 0; kvmneg_contract_word(has, at, &word) == 0; at++)
-                for (uint32_t i = place; kvmneg_contract_word(granted, i, &other) == 0; i++) {
-                        if (strcmp(word.word, other.word) != 0)
-                                continue;
-                        place = i + 1;
-                        if ((word.value ^ other.value) & word.mask & other.mask) {
-                                printf("%s: the guest has 0x%" PRIx64 ", this host grants 0x%" PRIx64 "\n", word.word,
-                                       word.value, other.value);
-                                r = -EBADE;
-                        }
-                        break;
-                }
-        return r;
-}
-
-/* The guest that comes, in a machine of its own, ready to run; or a negative errno, and it says why. */
-static int receive_guest(struct guest *guest, int fd, const struct kvmneg_contract *granted) {
+/*
+ * The guest that comes, in a machine of its own, ready to run; or a negative errno, and it says why, or *ret_refusal does.
+ * Its contract is the one that it began with, for life: judged here by what this host accepts, and counted for this VM.
+ */
+static int receive_guest(struct guest *guest, int fd, const char *socket, const char *vm, struct kvmneg_refusal **ret_refusal) {
         static struct content contents[REGISTERS];
         static unsigned char bytes[KVMNEG_CONTRACT_BYTES_MAX], memory[MEMORY];
         struct kvmneg_failure failure = { 0 };
-        struct kvmneg_contract_info info;
+        struct kvmneg_contract *brought;
+        struct kvmneg_grant *grant;
         struct arrival arrival;
         int r;
 
@@ -205,13 +186,15 @@ static int receive_guest(struct guest *guest, int fd, const struct kvmneg_contra
         take(fd, bytes, arrival.contract);
         take(fd, memory, sizeof(memory));
         take(fd, contents, arrival.registers * sizeof(contents[0]));
-        r = kvmneg_contract_open_memory(bytes, arrival.contract, &guest->contract, NULL);
+        r = kvmneg_contract_open_memory(bytes, arrival.contract, &brought, NULL); /* its digest is checked */
         if (r < 0)
                 return r;
-        kvmneg_contract_describe(guest->contract, &info);
-        r = memcmp(info.digest, arrival.digest, sizeof(info.digest)) ? -EBADMSG : compare(guest->contract, granted);
+        r = kvmneg_receive(socket, brought, vm, NULL, getpid(), TIMEOUT_MS, &guest->contract, &grant, ret_refusal);
+        kvmneg_contract_free(brought);
         if (r < 0)
                 return r;
+        printf("holds %s\n", grant->digest);
+        kvmneg_grant_free(grant);
         r = create(guest, &failure);
         if (r >= 0)
                 r = set_registers(guest, contents, arrival.registers, &failure);
@@ -226,63 +209,68 @@ static int receive_guest(struct guest *guest, int fd, const struct kvmneg_contra
         return check("KVM_SET_MP_STATE", ioctl(guest->machine.vcpu, KVM_SET_MP_STATE, &arrival.mp_state));
 }
 
-int main(int argc, char **argv) {
-        const char *socket = KVMNEG_CLIENT_SOCKET, *receive = NULL, *to = NULL;
+/* The guest that starts here, as in minivmm.c. */
+static int start_guest(struct guest *guest, const char *socket, const char *vm, const char *request) {
         struct kvmneg_refusal *refusal = NULL;
         struct kvmneg_failure failure = { 0 };
-        struct kvmneg_contract *granted;
         struct kvmneg_offer *offer;
-        static struct guest guest;
-        int r, told = 0, fd = -1;
+        int r = kvmneg_negotiate(socket, request, TIMEOUT_MS, &offer, &refusal);
 
-        for (int at = 3; at < argc; at += 2) {
-                const char *known[] = { "--receive", "--send", "--socket" }, **given[] = { &receive, &to, &socket };
+        refused("negotiate", r, refusal);
+        r = kvmneg_begin(socket, offer->digest, vm, getpid(), TIMEOUT_MS, &guest->contract, NULL, &refusal);
+        refused("begin", r, refusal);
+        printf("holds %s\n", offer->digest);
+        kvmneg_offer_free(offer);
+        r = create(guest, &failure);
+        applied("the guest", r, &failure, true);
+        if (r >= 0)
+                load(&guest->machine, guest->words, guest->words_count);
+        return r;
+}
+
+int main(int argc, char **argv) {
+        const char *socket = KVMNEG_CLIENT_SOCKET, *receive = NULL, *to = NULL, *request = NULL;
+        struct kvmneg_refusal *refusal = NULL;
+        struct kvmneg_failure failure = { 0 };
+        static struct guest guest;
+        int r, fd = -1;
+
+        for (int at = 2; at < argc; at += 2) {
+                const char *known[] = { "--request", "--receive", "--send", "--socket" };
+                const char **given[] = { &request, &receive, &to, &socket };
                 int i = 0;
 
-                while (i < 3 && strcmp(argv[at], known[i]) != 0)
+                while (i < 4 && strcmp(argv[at], known[i]) != 0)
                         i++;
-                if (i == 3 || at + 1 == argc)
+                if (i == 4 || at + 1 == argc)
                         argc = 0;
                 else
                         *given[i] = argv[at + 1];
         }
-        if (argc < 3)
-                return fprintf(stderr, "usage: minivmm-move UUID REQUEST [--receive PORT] [--send HOST:PORT] [--socket PATH]\n"), 2;
+        if (argc < 2 || !request == !receive)
+                return fprintf(stderr, "usage: minivmm-move UUID --request JSON|--receive PORT [--send HOST:PORT] "
+                                       "[--socket PATH]\n"), 2;
         setlinebuf(stdout);
 
-        /* 1. and 2. as in minivmm.c: on either host its own daemon counts the guest. */
-        r = kvmneg_negotiate(socket, argv[2], TIMEOUT_MS, &offer, &refusal);
-        refused("negotiate", r, refusal);
-        r = kvmneg_begin(socket, offer->digest, argv[1], TIMEOUT_MS, &granted, NULL, &refusal);
-        kvmneg_offer_free(offer);
-        refused("begin", r, refusal);
-
-        /* 3. The guest keeps the contract that it began with, for life. */
+        /* On either host its own daemon counts the guest, for as long as this process lives: no exit need tell it. */
         if (receive) {
                 fd = answer(receive);
-                r = receive_guest(&guest, fd, granted);
-                kvmneg_contract_free(granted);
+                r = receive_guest(&guest, fd, socket, argv[1], &refusal);
         } else {
-                guest.contract = granted;
-                r = create(&guest, &failure);
-                applied("the guest", r, &failure, true);
-                if (r >= 0)
-                        load(&guest.machine, guest.words, guest.words_count);
+                r = start_guest(&guest, socket, argv[1], request);
         }
         if (r >= 0)
-                told = kvmneg_started(socket, argv[1], TIMEOUT_MS, &refusal); /* 4. */
-        refused("started", told, refusal);
+                r = kvmneg_started(socket, argv[1], TIMEOUT_MS, &refusal);
         if (receive) { /* now it is ours: until here it could have gone on where it came from */
                 put(fd, &(int32_t){ r }, sizeof(int32_t));
                 kvmneg_close(fd);
         }
-        if (r >= 0) {
-                run_steps(&guest);
-                r = kvmneg_vcpu_verify(guest.contract, guest.machine.vcpu, &failure, NULL);
-                if (r >= 0)
-                        r = kvmneg_vgic_verify(guest.contract, guest.machine.vgic, &failure, NULL);
-                applied("after the first run", r, &failure, true);
-        }
+        refused(receive ? "the guest that comes" : "the guest", r, refusal);
+        run_steps(&guest);
+        r = kvmneg_vcpu_verify(guest.contract, guest.machine.vcpu, &failure, NULL);
+        if (r >= 0)
+                r = kvmneg_vgic_verify(guest.contract, guest.machine.vgic, &failure, NULL);
+        applied("after the first run", r, &failure, true);
         if (r >= 0 && to) {
                 fd = call(to);
                 r = send_guest(&guest, fd);
@@ -291,8 +279,6 @@ int main(int argc, char **argv) {
                 if (r < 0)
                         run_steps(&guest);
         }
-        kvmneg_contract_free(guest.contract); /* its machine goes with this process */
-        told = kvmneg_end(socket, argv[1], TIMEOUT_MS, &refusal); /* 5. */
-        refused("end", told, refusal);
+        kvmneg_contract_free(guest.contract); /* its machine goes with this process, and so does what its daemon counts */
         return r < 0 || guest.broken > 0;
 }

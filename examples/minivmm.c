@@ -175,8 +175,8 @@ int main(int argc, char **argv) {
         refused("negotiate", r, refusal);
         printf("offered %s, generation %" PRIu64 "\n%s", offer->digest, offer->generation, offer->not_granted);
 
-        /* 2. Take it for this VM; from now on it counts. */
-        r = kvmneg_begin(socket, offer->digest, argv[1], TIMEOUT_MS, &contract, NULL, &refusal);
+        /* 2. Take it for this VM; from now on it counts, for as long as this process lives. */
+        r = kvmneg_begin(socket, offer->digest, argv[1], getpid(), TIMEOUT_MS, &contract, NULL, &refusal);
         kvmneg_offer_free(offer);
         refused("begin", r, refusal);
 

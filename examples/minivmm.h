@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <kvmneg-client.h>
 #include <kvmneg.h>
@@ -39,7 +40,7 @@ struct machine {
 
 static inline int die(const char *what, int r) {
         fprintf(stderr, "minivmm: %s: %s\n", what, strerror(r < 0 ? -r : errno));
-        exit(1); /* kvmneg_end() is not needed: a grant that nobody started expires */
+        exit(1); /* kvmneg_end() is not needed: the grant ends with this process */
 }
 
 static inline int check(const char *what, int r) {

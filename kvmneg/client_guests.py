@@ -55,13 +55,15 @@ class GuestCalls:
 
         Raises Blocked, BadInput, UsageError.
         """
-        given: dict[str, Any] = {"vm": vm, "vmm": vmm, "hold": hold, "pid": pid}
+        given: dict[str, Any]
         if isinstance(contract, bytes):
             from base64 import b64encode  # most bring it as JSON
 
-            given["binary"] = b64encode(contract).decode("ascii")
+            given = {"binary": b64encode(contract).decode("ascii")}
         else:
-            given["contract"] = dict(contract)
+            given = {"contract": dict(contract)}
+        more = {"vmm": vmm, "hold": hold, "pid": pid}
+        given |= {"vm": vm, **{name: value for name, value in more.items() if value is not None}}
         return self.call("org.kvmneg.Guests.Receive", given)
 
     def guests_import(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from kvmneg.errors import Blocked, KvmnegError
 from kvmneg.features.difference import Blocker
+from kvmneg.features.featureset import FeatureSet
 from kvmneg.policy.contract import Contract
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from .conftest import Daemon
 
 VM = "0b9f3c1e-5f0b-4a49-9d0e-6a1f2b3c4d5e"
+OTHER_VM = "7c9a2d10-0f4e-4d8b-9a6e-2b1f3c4d5e6f"
 NONE = "sha256:" + "0" * 64
 REQUESTS = (
     {"level": "x86-64-v2"},
@@ -76,6 +79,43 @@ def test_the_life_of_a_contract(daemon: Daemon, c_client: Callable[..., dict[str
         assert client.get_contract(given["digest"])["state"] == "granted"
         assert c_client(daemon.socket, "end", VM)["r"] == "0"
         assert client.get_contract(given["digest"])["path"] is None  # nobody holds it any more
+
+
+def test_a_process_keeps_it(daemon: Daemon, c_client: Callable[..., dict[str, str]]) -> None:
+    given = c_client(daemon.socket, "negotiate", parameters({"level": "x86-64-v2"}))
+    begun = c_client(daemon.socket, "begin", given["digest"], VM, str(os.getpid()))
+    assert begun["r"] == "0", begun
+    with daemon.client() as client:
+        (guest,) = client.guests_list()["guests"]
+    assert guest["holders"] == [{"pid": os.getpid(), "by": "process"}]
+
+
+def test_a_guest_that_comes_from_elsewhere(
+    daemon: Daemon, c_client: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    """It keeps its own contract, also one that is never offered here to a new guest; what cannot be is named."""
+    path = tmp_path / "contract"
+    with daemon.client() as client:
+        offer = client.negotiate({"max": True})
+        contract = Contract.from_json(offer["contract"])
+        path.write_bytes(contract.binary())
+        given = c_client(daemon.socket, "receive", str(path), VM, "-", str(os.getpid()))
+        assert (given["r"], given["digest"]) == ("0", contract.digest)
+        assert bytes.fromhex(given["contract"]) == contract.binary()
+        assert client.guests_receive(contract.binary(), VM)["path"] == given["path"]
+        (guest,) = client.guests_list()["guests"]
+        assert (guest["digest"], guest["state"]) == (contract.digest, "begun")
+        assert guest["holders"] == [{"pid": os.getpid(), "by": "process"}]
+        assert c_client(daemon.socket, "started", VM)["r"] == "0"
+        more = {**contract.granted.words, "cpuid:0x7.0.ecx": 1 << 28}  # movdir64b
+        elsewhere = Contract(FeatureSet.of(contract.architecture, more))
+        with pytest.raises(Blocked) as blocked:
+            client.guests_receive(elsewhere.binary(), OTHER_VM)
+    path.write_bytes(elsewhere.binary())
+    given = c_client(daemon.socket, "receive", str(path), OTHER_VM)
+    assert (given["r"], given["name"]) == (str(-errno.EREMOTEIO), Blocked.varlink)
+    assert given["blockers"].splitlines() == [blocker.describe() for blocker in blocked.value.blockers]
+    assert "movdir64b" in given["blockers"]
 
 
 def test_blockers(daemon: Daemon, c_client: Callable[..., dict[str, str]]) -> None:

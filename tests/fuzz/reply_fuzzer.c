@@ -133,12 +133,8 @@ static void negotiate(void) {
         kvmneg_offer_free(offer);
 }
 
-static void begin(const char *digest, bool open) {
-        struct kvmneg_grant *grant = NULL;
-        struct kvmneg_contract *contract = NULL;
-        struct kvmneg_refusal *refusal = NULL;
-        int r = kvmneg_begin("/daemon", digest, "vm", -1, open ? &contract : NULL, &grant, &refusal);
-
+static void check_grant(int r, const char *digest, bool open, struct kvmneg_contract *contract,
+                        struct kvmneg_grant *grant, struct kvmneg_refusal *refusal) {
         check_result(r);
         check_refusal(r, refusal);
         REQUIRE((r == 0) == (grant != NULL) && (r == 0 && open) == (contract != NULL));
@@ -149,6 +145,27 @@ static void begin(const char *digest, bool open) {
         REQUIRE(!open || strcmp(digest, file_digest) == 0);
         kvmneg_contract_free(contract);
         kvmneg_grant_free(grant);
+}
+
+static void begin(const char *digest, bool open) {
+        struct kvmneg_grant *grant = NULL;
+        struct kvmneg_contract *contract = NULL;
+        struct kvmneg_refusal *refusal = NULL;
+        int r = kvmneg_begin("/daemon", digest, "vm", 0, -1, open ? &contract : NULL, &grant, &refusal);
+
+        check_grant(r, digest, open, contract, grant, refusal);
+}
+
+static void receive(void) {
+        struct kvmneg_grant *grant = NULL;
+        struct kvmneg_contract *contract = NULL, *brought = NULL;
+        struct kvmneg_refusal *refusal = NULL;
+        int r;
+
+        REQUIRE(kvmneg_contract_open_memory(&file, sizeof(file), &brought, NULL) == 0);
+        r = kvmneg_receive("/daemon", brought, "vm", NULL, 0, -1, &contract, &grant, &refusal);
+        kvmneg_contract_free(brought);
+        check_grant(r, file_digest, true, contract, grant, refusal);
 }
 
 static void tell(void) {
@@ -209,6 +226,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         begin(digest, false);
         begin(digest, true);
         begin(file_digest, true);
+        receive();
         tell();
         REQUIRE(lowest_free() == before);
         return 0;

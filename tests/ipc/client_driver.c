@@ -89,6 +89,25 @@ static const char *argument(int argc, char **argv, int at) {
         return at >= argc || strcmp(argv[at], "-") == 0 ? NULL : argv[at];
 }
 
+static int pid_of(int argc, char **argv, int at) {
+        const char *text = argument(argc, argv, at);
+
+        return text ? atoi(text) : 0;
+}
+
+/* FILE with a contract, VM, VMM, PID */
+static int receive(int argc, char **argv, int timeout, struct kvmneg_contract **ret_contract,
+                   struct kvmneg_grant **ret_grant, struct kvmneg_refusal **ret_refusal) {
+        struct kvmneg_contract *brought = NULL;
+        int r = argument(argc, argv, 4) ? kvmneg_contract_open(argv[4], &brought, NULL) : 0;
+
+        if (r == 0)
+                r = kvmneg_receive(argument(argc, argv, 1), brought, argument(argc, argv, 5), argument(argc, argv, 6),
+                                   pid_of(argc, argv, 7), timeout, ret_contract, ret_grant, ret_refusal);
+        kvmneg_contract_free(brought);
+        return r;
+}
+
 int main(int argc, char **argv) {
         const char *socket = argument(argc, argv, 1), *method = argv[3], *first = argument(argc, argv, 4);
         struct kvmneg_refusal *refusal = NULL;
@@ -106,11 +125,13 @@ int main(int argc, char **argv) {
         else if (strcmp(method, "quiet-negotiate") == 0)
                 r = kvmneg_negotiate(socket, first, timeout, &offer, NULL);
         else if (strcmp(method, "begin") == 0)
-                r = kvmneg_begin(socket, first, argument(argc, argv, 5), timeout, &contract, &grant, &refusal);
+                r = kvmneg_begin(socket, first, argument(argc, argv, 5), pid_of(argc, argv, 6), timeout, &contract, &grant, &refusal);
         else if (strcmp(method, "begin-unopened") == 0)
-                r = kvmneg_begin(socket, first, argument(argc, argv, 5), timeout, NULL, &grant, &refusal);
+                r = kvmneg_begin(socket, first, argument(argc, argv, 5), pid_of(argc, argv, 6), timeout, NULL, &grant, &refusal);
         else if (strcmp(method, "begin-only") == 0)
-                r = kvmneg_begin(socket, first, argument(argc, argv, 5), timeout, NULL, NULL, NULL);
+                r = kvmneg_begin(socket, first, argument(argc, argv, 5), pid_of(argc, argv, 6), timeout, NULL, NULL, NULL);
+        else if (strcmp(method, "receive") == 0)
+                r = receive(argc, argv, timeout, &contract, &grant, &refusal);
         else if (strcmp(method, "started") == 0)
                 r = kvmneg_started(socket, first, timeout, &refusal);
         else if (strcmp(method, "end") == 0)

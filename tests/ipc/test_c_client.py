@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 import socket
+import struct
 import subprocess
 import threading
 import time
+from base64 import b64decode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +46,7 @@ BLOCKER = {
     "because": "KVM does not offer it",
 }
 BLOCKER_LINE = "avx2 (cpuid:0x7.0.ebx bit 5), wanted by the request: KVM does not offer it [kvm]\n"
+BROUGHT = "(the file)"  # stands for the fixture of that name
 REPLY_MAX = 1024 * 1024
 CONTAINERS_MAX = 16 * 1024
 DEPTH_MAX = 32
@@ -90,6 +94,25 @@ class Script:
         self.thread.join(20)
         self.listener.close()
         assert not self.thread.is_alive()
+
+
+def contract(capabilities: int, msrs: int = 3, leaves: int = 3) -> bytes:
+    """A contract in its binary form (kvmneg.policy.contract): each capability makes its size 1 more, modulo 3."""
+    body = b"".join(struct.pack("<4I4I4I", leaf, 0, 0, 0, *(1,) * 8) for leaf in range(leaves))
+    body += b"".join(struct.pack("<IIQQ", index, 0, 1, 1) for index in range(msrs))
+    names = (f"kvm:{number:03}".encode() for number in range(capabilities))
+    body += b"".join(struct.pack("<40sIIQQ", name, 0, 0, 1, 1) for name in names)
+    head = struct.pack("<8s6I", b"KVMNEGC", 1, 1, 160 + len(body), 160, 0, 0)
+    rest = struct.pack("<Q32s6I32s", 0, b"", leaves, msrs, 0, capabilities, 0, 0, b"")
+    return head + hashlib.sha256(head + bytes(32) + rest + body).digest() + rest + body
+
+
+@pytest.fixture
+def brought(tmp_path: Path) -> str:
+    """A file with a contract."""
+    path = tmp_path / "brought"
+    path.write_bytes(contract(0))
+    return str(path)
 
 
 @pytest.fixture
@@ -148,6 +171,57 @@ def test_the_contract_of_a_grant(
     assert (codes(given), set(given)) == ("EBADE", {"r", "descriptors"})
 
 
+@pytest.mark.parametrize(("pid", "sent"), [("0", {}), ("4711", {"pid": 4711})])
+def test_who_keeps_a_grant(
+    script: Script, c_client: Callable[..., dict[str, str]], pid: str, sent: dict[str, int]
+) -> None:
+    script.replies({"parameters": GRANT})
+    assert codes(c_client(script.path, "begin-unopened", DIGEST, VM, pid)) == ""
+    call = json.loads(script.calls[0].removesuffix(b"\0"))
+    assert call == {"method": "org.kvmneg.Begin", "parameters": {"digest": DIGEST, "vm": VM, **sent}}
+
+
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_a_guest_that_comes(
+    script: Script, c_client: Callable[..., dict[str, str]], tmp_path: Path, more: int
+) -> None:
+    """Its contract goes to the daemon in Base64, whatever its size leaves over; the reply is as a grant's."""
+    binary = contract(more)
+    digest, comes, kept = "sha256:" + binary[32:64].hex(), tmp_path / "comes", tmp_path / "kept"
+    comes.write_bytes(binary)
+    kept.write_bytes(binary)
+    script.replies({"parameters": GRANT | {"digest": digest, "path": str(kept)}})
+    given = c_client(script.path, "receive", str(comes), VM)
+    assert (codes(given), given["digest"], given["generation"]) == ("", digest, "7")
+    assert bytes.fromhex(given["contract"]) == binary
+    c_client(script.path, "receive", str(comes), VM, "qemu-10.0", "4711")
+    bare, full = (json.loads(call.removesuffix(b"\0")) for call in script.calls)
+    assert bare["method"] == "org.kvmneg.Guests.Receive"
+    assert set(bare["parameters"]) == {"binary", "vm"}
+    assert b64decode(bare["parameters"]["binary"], validate=True) == binary
+    assert full["parameters"] == {**bare["parameters"], "vmm": "qemu-10.0", "pid": 4711}
+    script.replies({"parameters": GRANT | {"path": str(kept)}})  # another guest's
+    assert codes(c_client(script.path, "receive", str(comes), VM)) == "EBADE"
+    kept.write_bytes(binary[:-1])
+    script.replies({"parameters": GRANT | {"digest": digest, "path": str(kept)}})
+    assert codes(c_client(script.path, "receive", str(comes), VM)) == "EBADMSG"
+
+
+def test_a_contract_that_does_not_fit_a_call(
+    script: Script, c_client: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    """Neither one whose Base64 is too long by itself, nor one that leaves no room for the rest of the call."""
+    script.replies({})
+    path, room = tmp_path / "contract", limits.CALL_BYTES // 4 * 3
+    for capabilities, code in ((180, "EBADMSG"), (189, "EMSGSIZE"), (190, "EMSGSIZE")):
+        binary = contract(capabilities, 1024, 256)
+        assert (len(binary) <= room) == (capabilities < 190)
+        path.write_bytes(binary)
+        script.calls.clear()
+        assert codes(c_client(script.path, "receive", str(path), VM)) == code
+        assert len(script.calls) == (code == "EBADMSG")  # what was sent, to which {} is no grant
+
+
 @pytest.mark.parametrize("method", ["started", "end"])
 @pytest.mark.parametrize("reply", [{}, {"parameters": None}, {"parameters": {"new": [1]}, "new": 2}])
 def test_what_is_told(
@@ -161,24 +235,26 @@ def test_what_is_told(
 
 
 def test_it_sends_what_the_python_client_sends(
-    script: Script, c_client: Callable[..., dict[str, str]]
+    script: Script, c_client: Callable[..., dict[str, str]], brought: str
 ) -> None:
     """Byte for byte, of names and values that are ASCII."""
     script.replies({"parameters": {**OFFER, **GRANT}})
     c_client(script.path, "negotiate", REQUEST)
     c_client(script.path, "begin", DIGEST, VM)
+    c_client(script.path, "receive", brought, VM)
     c_client(script.path, "started", VM)
     c_client(script.path, "end", VM)
     for method, *arguments in (
         ("negotiate", json.loads(REQUEST)["request"]),
         ("begin", DIGEST, VM),
+        ("guests_receive", Path(brought).read_bytes(), VM),
         ("started", VM),
         ("end", VM),
     ):
         with Client(script.path) as client:
             getattr(client, method)(*arguments)
-    assert len(script.calls) == 8
-    assert script.calls[:4] == script.calls[4:]
+    assert len(script.calls) == 10
+    assert script.calls[:5] == script.calls[5:]
 
 
 def test_a_refusal(script: Script, c_client: Callable[..., dict[str, str]]) -> None:
@@ -225,14 +301,24 @@ def test_a_refusal_of_another_shape_is_one_all_the_same(
         (("negotiate", json.dumps({"a": "x" * limits.CALL_BYTES})), "EMSGSIZE"),
         (("begin", DIGEST, "-"), "EINVAL"),
         (("begin", "\x01", VM), "EINVAL"),
+        (("begin", DIGEST, VM, "-1"), "EINVAL"),
+        (("receive", "-", VM), "EINVAL"),
+        (("receive", BROUGHT, "-"), "EINVAL"),
+        (("receive", BROUGHT, VM, "\x01"), "EINVAL"),
+        (("receive", BROUGHT, VM, "-", "-1"), "EINVAL"),
         (("end", "é"), "EINVAL"),
         (("end", "x" * limits.CALL_BYTES), "EMSGSIZE"),
     ],
 )
 def test_what_is_no_request_is_not_sent(
-    script: Script, c_client: Callable[..., dict[str, str]], arguments: tuple[str, ...], code: str
+    script: Script,
+    c_client: Callable[..., dict[str, str]],
+    brought: str,
+    arguments: tuple[str, ...],
+    code: str,
 ) -> None:
-    assert codes(c_client(script.path, *arguments)) == code
+    given = (brought if argument == BROUGHT else argument for argument in arguments)
+    assert codes(c_client(script.path, *given)) == code
     assert script.calls == []
 
 
@@ -306,13 +392,14 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-@pytest.mark.parametrize("method", ["negotiate", "begin", "end"])
+@pytest.mark.parametrize("method", ["negotiate", "begin", "receive", "end"])
 def test_a_reply_that_is_none(
-    script: Script, c_client: Callable[..., dict[str, str]], method: str, case: str
+    script: Script, c_client: Callable[..., dict[str, str]], brought: str, method: str, case: str
 ) -> None:
     reply, code = HOSTILE[case]
     script.replies(reply)
-    arguments = {"negotiate": [REQUEST], "begin": [DIGEST, VM], "end": [VM]}[method]
+    receive = [brought, VM]
+    arguments = {"negotiate": [REQUEST], "begin": [DIGEST, VM], "receive": receive, "end": [VM]}[method]
     given = c_client(script.path, method, *arguments)
     assert codes(given) == code
     assert set(given) == {"r", "descriptors"}  # nothing was given
@@ -464,7 +551,16 @@ def test_exports(tmp_path: Path, build_client: Callable[..., Path]) -> None:
     exported = {line.split()[-1] for line in listed.splitlines() if " T " in line}
     assert exported == {
         f"kvmneg_{name}@@KVMNEG_CLIENT_0"
-        for name in ("negotiate", "begin", "started", "end", "offer_free", "refusal_free", "grant_free")
+        for name in (
+            "negotiate",
+            "begin",
+            "receive",
+            "started",
+            "end",
+            "offer_free",
+            "refusal_free",
+            "grant_free",
+        )
     }
 
 
