@@ -7,10 +7,10 @@
  *      ./minivmm-move UUID --receive 7000 [--send HOST:PORT] [--socket PATH]
  *      ./minivmm-move UUID --request JSON --send HOST:PORT [--socket PATH]
  *
- * The guest starts here, or comes from elsewhere with its contract, which its new host judges by what it accepts from such
- * a guest, and then counts (--receive: on 127.0.0.1, as this page has no encryption). It runs for
- * some steps: in each it reads its ID registers, compares them with what it saw first, looks whether its clock went back,
- * and counts. Then it goes elsewhere (--send), or ends. Where the other host does not take it, it goes on here.
+ * The guest starts here, or comes from elsewhere with its contract, which the new host judges by what it accepts from such
+ * a guest, and then counts (--receive: on 127.0.0.1, as this page has no encryption). It runs for some steps: in each it
+ * reads its ID registers, compares them with what it saw first, looks whether its clock went back, and counts. Then it goes
+ * elsewhere (--send), or ends. Where the other host does not take it, it goes on here.
  *
  * Its vGIC is not carried, as it never touched it: a guest that did needs KVM_DEV_ARM_VGIC_GRP_DIST_REGS, REDIST_REGS and
  * CPU_SYSREGS too, after kvmneg_vgic_apply(). Exit status: as minivmm's, and 1 where the guest is refused.

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.hosts
 SECONDS = 300.0
 VM = "3e4c2f6a-9d3b-4c1e-8a57-2f0d6b1c9e11"
-WORDS = [VM, '{"request": {"max": true}}']
-MOVE = ["bin/minivmm-move-arm64", *WORDS]
+REQUEST = '{"request": {"max": true}}'
+MOVE = ["bin/minivmm-move-arm64", VM]
 OUT, BACK = "7001", "7002"
 STEPS = 5  # at least, of each run
 LEAST_WORDS = 30  # of the ID registers of any of these hosts
@@ -112,7 +112,7 @@ class Sides:
     def move(self, fence: str = "") -> tuple[Result, Result]:
         """The guest starts on the newer host, goes to the older, and comes back; what was said on either."""
         newer, older = self.both
-        away = [*MOVE, "--send", f"127.0.0.1:{OUT}"]
+        away = [*MOVE, "--request", REQUEST, "--send", f"127.0.0.1:{OUT}"]
         with ThreadPoolExecutor() as pool:
             here = pool.submit(
                 *(serve, newer, away, [*MOVE, "--receive", BACK]),
@@ -140,7 +140,7 @@ def sides(journey: Journey, tmp_path: Path) -> Iterator[Sides]:
 def test_minivmm(host: str) -> None:
     """The first page, under what this host offers: the guest sees all of it as promised."""
     with start.restored(built(host)) as machine:
-        result = serve(machine, ["bin/minivmm", *WORDS])
+        result = serve(machine, ["bin/minivmm", VM, REQUEST])
     assert result.status == 0, result.stderr.decode()
     (told,) = re.findall(
         r"^(\d+) words looked at by the guest, 0 not as promised$", result.text, re.MULTILINE
@@ -152,6 +152,8 @@ def test_there_and_back_under_a_fence(journey: Journey, sides: Sides) -> None:
     """The guest counts on where it was, sees nothing change, and only what the older host lacks is left out."""
     newer, older = sides.move(sides.fence())
     assert (newer.status, older.status) == (0, 0), newer.stderr + older.stderr
+    held = [re.findall(r"^holds (sha256:[0-9a-f]{64})$", one.text, re.MULTILINE) for one in (newer, older)]
+    assert held == [[held[0][0]] * 2, held[0][:1]]  # everywhere its own contract is what counts
     started, returned = Run.all(newer)
     (away,) = Run.all(older)
     assert started.first == 1
@@ -175,7 +177,9 @@ def test_without_a_fence_it_is_refused(journey: Journey, sides: Sides) -> None:
     """By the words that the older kernel does not take; and it goes on where it is."""
     newer, older = sides.move()
     assert (newer.status, older.status) == (1, 1), newer.stderr + older.stderr
-    told = re.findall(r"^(\S+): the guest has 0x\w+, this host grants 0x\w+$", older.text, re.MULTILINE)
+    said = older.stderr.decode()
+    assert "minivmm: org.kvmneg.Blocked: " in said
+    told = re.findall(r"^\S+ \((arm64:0x[0-9a-f]+)(?: bit \d+)?\), wanted by ", said, re.MULTILINE)
     assert {f"arm64:{register}" for register in journey.refused} <= set(told)
     assert Run.all(older) == []
     started, stayed = Run.all(newer)
