@@ -147,6 +147,8 @@ def daemon_audit(reason: str) -> Audit:
 def settle(node: Standing, report: Report, *, roll_changed: bool = False) -> None:
     """Let the level follow a measurement: a fence is breached or whole again, a level that floats falls.
 
+    What is recorded so already is not recorded again.
+
     `roll_changed`: it is the roll-back set that changed, which bounds a level that floats too.
     Raises StoreError where that cannot be recorded; what new guests may have is right all the same.
     """
@@ -158,6 +160,8 @@ def settle(node: Standing, report: Report, *, roll_changed: bool = False) -> Non
 
 def _judge(node: Standing, report: Report) -> None:
     low = node.below
+    if bool(low) == node.store.level().breached:
+        return
     names = list(dict.fromkeys(one.feature for one in low))
     detail = {
         "host": report.host,
@@ -185,19 +189,32 @@ def _float(node: Standing, report: Report, roll_changed: bool) -> None:
         node.floats(None)
         return
     running = _of_kvm(report)
-    back = tuple(_of_kvm(one.report) for one in roll(node) if one.report is not None)
-    host = Member(report.host, MEMBER, running, fresh=True, roll=back)
+    back = [one.report for one in roll(node) if one.report is not None]
+    carried = _carried(report, back)
+    host = Member(report.host, MEMBER, running, fresh=True, roll=tuple(map(_of_kvm, back)))
     step = pooling.measured(Level(node.generation, floor=before, members=(host,)), report.host, running, 1)
     found, action = step.level.floor or before, step.action
     if report.architecture == words.ARM64:
-        found, action = _shown(found, report, action)
-    same = not held_back(step.level._replace(floor=found, members=(host._replace(roll=()),)))
-    node.floats(None if same else Fence(_with_given(found, report), node.generation, floating=True))
-    if action or same:
+        found, action = _shown(_common(found, report, back), report, action)
+        action = "" if found == before and action == "level-fell" else action
+    same = not carried and not held_back(step.level._replace(floor=found, members=(host._replace(roll=()),)))
+    bound = Fence(_with_given(found, report), node.generation, registers=carried, floating=True)
+    node.floats(None if same else bound)
+    if action or same or row.report == report.digest():  # which would stand for a level that nothing bounds
         digest = report.digest() if same else ""
         told: dict[str, Any] = {**step.detail, "before": before.digest(), "digest": found.digest()}
         audit = daemon_audit("a measurement")
         node.store.levels.floats_at(digest, Fence(found).text(), action, detail=told, audit=audit)
+
+
+def _carried(report: Report, back: list[Report]) -> tuple[int, ...]:
+    """arm64: what a new guest may carry to every combo of the roll-back set; empty where that is all it has here."""
+    if report.architecture != words.ARM64 or not back:
+        return ()
+    from kvmneg.policy import portable  # x86 lists no registers
+
+    found = portable.common([report, *back])
+    return () if found == tuple(sorted(report.registers)) else found
 
 
 def _of_kvm(report: Report) -> Measured:
@@ -230,6 +247,17 @@ def _remembered(node: Standing, row: LevelRow) -> FeatureSet | None:
             ) from error
     recorded = node.store.report(row.report) if row.report else None
     return opened(recorded).offer if recorded is not None else None
+
+
+def _common(level: FeatureSet, report: Report, back: list[Report]) -> FeatureSet:
+    """arm64: what this kernel and those to return to can be told to show, of a level; where there is no such, itself.
+
+    Their meet has values that some of them show to no guest.
+    """
+    from kvmneg.policy import levelling
+
+    levelled = levelling.level(level, (report, *back)) if back else None
+    return level if levelled is None or levelled.conflicts else levelled.granted
 
 
 def _shown(level: FeatureSet, report: Report, action: str) -> tuple[FeatureSet, str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
@@ -12,20 +13,21 @@ import pytest
 from kvmneg import limits
 from kvmneg.errors import Blocked, GuestsAbove, HostsMissing, NoKvm, NotPinned, StaleOffer, StoreError
 from kvmneg.features.featureset import diff, fits
-from kvmneg.policy import leases
+from kvmneg.features.report import Report
+from kvmneg.policy import leases, negotiation, portable
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
 from kvmneg.service import levels, moves
 from kvmneg.service.contracts import ContractFiles
 from kvmneg.service.moves import Asked
 from kvmneg.service.node import Node
+from kvmneg.service.rolls import Rolls
 from kvmneg.store.interface import Audit
 from kvmneg.store.sqlite import SqliteStore
 
 from .test_arm64 import HOSTS
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from typing import Any
 
     from kvmneg.service.connection import Connection
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from .conftest import Host
 
+DATA = Path(__file__).resolve().parents[1] / "data/hosts"
 AUDIT = Audit(0, 1, "2026-11-21T06:00:00Z", "a test", "pytest")
 PEER = cast("Peer", SimpleNamespace(uid=1000, pid=7, groups=()))
 ASKER = cast("Connection", SimpleNamespace(peer=PEER, on_closed=None))
@@ -373,3 +376,62 @@ def test_a_level_has_what_the_kernel_cannot_hide(tmp_path: Path) -> None:
         granted = node.negotiate(MAX, PEER).contract.granted
         assert (granted.value(HOSTS.ISAR0), granted.value(HOSTS.VENDOR)) == (0x2000_1021_1120, 1)
         assert [row.action for row in store.audit(9)] == ["level-shown"]
+
+
+def test_guests_carry_what_every_combo_to_return_to_lists(tmp_path: Path) -> None:
+    """arm64: a register that only the new kernel knows has a rule in a new guest's contract, which can go back."""
+    older, newer = (
+        Report.loads((DATA / f"arm64-{line}.neoverse-n1.json").read_bytes()) for line in ("6.1", "newest")
+    )
+    extra = set(newer.registers) - set(older.registers)
+    assert extra
+    host = SimpleNamespace(report=older)
+    measurer = SimpleNamespace(measure=lambda: host.report, changed=lambda fresh=False: True)
+    files = ContractFiles(str(tmp_path / "contracts"))
+
+    def rules(node: Node) -> dict[int, str]:
+        contract = node.negotiate(MAX, PEER).contract
+        return {one.register: one.rule for one in contract.portable if one.register in extra}
+
+    with SqliteStore(str(tmp_path / "state"), verify=lambda text: Fence.parse(text).digest) as store:
+        node = Node(store, cast("Any", measurer), files)
+        host.report = newer
+        node.refresh()
+        moves.unpin(node, None, AUDIT)
+        assert rules(node) == dict.fromkeys(extra, portable.CARRY)
+        assert negotiation.check(node.negotiate(MAX, PEER).contract, older)
+        Rolls(node).add(older.combo_digest(), AUDIT)
+        for one in (node, Node(store, cast("Any", measurer), files)):  # remembered
+            assert portable.CARRY not in rules(one).values()
+            assert negotiation.check(one.negotiate(MAX, PEER).contract, older) == ()
+        assert [row.action for row in store.audit(9)].count("level-fell") == 1  # the start changed nothing
+        Rolls(node).remove(older.combo_digest(), AUDIT)
+        assert rules(node) == dict.fromkeys(extra, portable.CARRY)
+
+
+def test_the_same_offer_with_more_registers_is_bounded_by_a_combo_to_return_to(tmp_path: Path) -> None:
+    """arm64: where nothing but the registers differs, the level is the host's, and what is carried is not."""
+    newer = Report.loads((DATA / "arm64-newest.neoverse-n1.json").read_bytes())
+    extra = newer.registers[-1]
+    document = json.loads(json.dumps(newer.to_json()))
+    document["combo"]["kernel"] = "6.99.0"
+    document["registers"].pop()
+    older = Report.from_json(document)
+    assert (older.offer, older.registers) == (newer.offer, newer.registers[:-1])
+    host = SimpleNamespace(report=older)
+    measurer = SimpleNamespace(measure=lambda: host.report, changed=lambda fresh=False: True)
+    files = ContractFiles(str(tmp_path / "contracts"))
+    with SqliteStore(str(tmp_path / "state"), verify=lambda text: Fence.parse(text).digest) as store:
+        node = Node(store, cast("Any", measurer), files)
+        Rolls(node).add(older.combo_digest(), AUDIT)
+        assert node.floor is None
+        host.report = newer
+        node.refresh()
+        for one in (node, Node(store, cast("Any", measurer), files)):
+            assert one.floor is not None
+            assert one.floor.registers == older.registers
+            rule = {row.register: row.rule for row in one.negotiate(MAX, PEER).contract.portable}[extra]
+            assert rule != portable.CARRY
+        host.report = older
+        node.refresh()
+        assert node.floor is None
