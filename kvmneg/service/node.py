@@ -138,7 +138,7 @@ class Node(Standing):
     def report(self) -> Report:
         """The current report; raises why there is none (NoKvm, KvmFault)."""
         if self._report is None:
-            raise self._why_not
+            raise self._why_not.with_traceback(None)  # each raise adds to it, and it is kept
         return self._report
 
     @property

@@ -77,7 +77,7 @@ class Standing:
     def fence(self) -> Fence | None:
         """The pinned fence; raises StoreError where it cannot be understood: no fence is not what it means."""
         if self._fence_fault is not None:
-            raise self._fence_fault
+            raise self._fence_fault.with_traceback(None)  # each raise adds to it, and it is kept
         return self._fence
 
     @property

@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from traceback import walk_tb
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from kvmneg import limits
-from kvmneg.errors import Breached, LimitExceeded, NoKvm, NoSuchContract, StaleOffer
+from kvmneg.errors import (
+    Breached,
+    KvmnegError,
+    LimitExceeded,
+    NoKvm,
+    NoSuchContract,
+    StaleOffer,
+    StoreError,
+)
 from kvmneg.policy.request import Request
 from kvmneg.service.router import Router
 from kvmneg.store.interface import Audit
@@ -200,3 +209,19 @@ def test_replies_get_old_with_the_inputs(node: Node, host: Host) -> None:
         if due <= now:
             callback()
     assert ask(router, call, "org.kvmneg.GetHost", {}) != first
+
+
+@pytest.mark.parametrize("what", ["report", "fence"])
+def test_a_reason_that_is_kept_does_not_grow(node: Node, host: Host, what: str) -> None:
+    """It is raised for each call, for as long as the daemon runs."""
+    if what == "report":
+        host.error, host.moved = NoKvm("gone"), True
+        node.refresh()
+    else:
+        node._fence_fault = StoreError("changed by hand", generation=3)
+    lengths = set()
+    for _ in range(3):
+        with pytest.raises(KvmnegError) as caught:
+            getattr(node, what)
+        lengths.add(len(list(walk_tb(caught.value.__traceback__))))
+    assert len(lengths) == 1
