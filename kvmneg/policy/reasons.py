@@ -147,8 +147,11 @@ def missing(
         where, cause, because = "kvmneg", "policy", feature.withheld
     elif fence is not None and not given(feature, fence.granted, report):
         where, cause, because = fence.name, "fence", fence.because
-    else:
+    elif feature.requires:
         cause, because = "dependency", _unmet(feature, granted)
+    else:
+        what = "the host's and the fence's values of it" if fence is not None else "what is asked for and what it gives"
+        cause, because = "fence" if fence is not None else "policy", f"{what} have nothing in common"
     bit = feature.shift if feature.width == 1 else None
     return Blocker(feature.name, feature.word, bit, wanted_by, where, cause, because)
 
@@ -162,7 +165,8 @@ def unfit(blocker: Blocker, report: Report, wanted_by: str, seen: Through | None
         return blocker._replace(
             wanted_by=wanted_by, missing_on=seen.missing_on(), cause="vmm", because=taken.because
         )
-    if feature is not None and (feature.is_bit or rates.unmeasured(feature.word, report.offer_words)):
+    partly = feature is not None and feature.width > 1 and given(feature, report.offer, report)
+    if feature is not None and ((feature.is_bit and not partly) or rates.unmeasured(feature.word, report.offer_words)):
         cause, because = _held_back(feature, report)
     elif feature is not None:
         offered = feature.of(report.offer.value(feature.word))
@@ -259,6 +263,8 @@ def _dropped(feature: Feature, report: Report) -> tuple[str, str]:
     for finding in sanity.findings(report):
         if any(word == feature.word and mask & feature.mask for word, mask in finding.dropped):
             return "policy", f"what the report says is impossible: {finding.what}"
+    if not feature.requires:
+        return "policy", feature.why or "its value says what guests are told without it"
     return "dependency", f"KVM offers it without what it is built on: {_unmet(feature, report.offer)}"
 
 

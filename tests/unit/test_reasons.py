@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 from strategies import ARCHITECTURE, NAMES
 
+from kvmneg.errors import Blocked
+from kvmneg.features import catalog as catalogs
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
 from kvmneg.host import software
-from kvmneg.policy import kernels, reasons, vmm
+from kvmneg.policy import kernels, negotiation, reasons, vmm
 from kvmneg.policy.fence_text import Fence
+from kvmneg.policy.request import Request
 
+RECORDED = Path(__file__).resolve().parents[1] / "data/hosts"
 PLAIN: dict[str, int] = {"cpuid:0x0.0.eax": 0x20, "cpuid:0x80000000.0.eax": 0x80000021}
 
 
@@ -222,3 +226,39 @@ def test_flags_are_those_that_all_cpus_of_a_kind_have(tmp_path: Path) -> None:
     (one,) = software.cpu_classes(software.Roots(proc=str(tmp_path)))
     assert (one.flags, one.cpus) == ("fpu avx", (0, 1))
     assert software.common_flags(("b a c", "c b", "b")) == "b"
+
+
+def test_a_set_of_which_a_host_offers_a_part() -> None:
+    """Both values are told: there is nothing that it is built on."""
+    old, new = (Report.loads((RECORDED / f"amd-{line}.max.json").read_bytes()) for line in ("6.1", "6.12"))
+    with pytest.raises(Blocked) as caught:
+        negotiation.negotiate(Request(maximum=True), old, Fence(new.offer, 3))
+    (found,) = (one for one in caught.value.blockers if one.feature == "cap-disable-quirks2")
+    assert (found.cause, found.missing_on) == ("kvm", "host amd-6.1")
+    values = [hex(one.offer.value("kvm:disable-quirks2")) for one in (new, old)]
+    assert found.because.startswith(f"{values[0]} is needed, host amd-6.1 has {values[1]} ")
+
+
+@pytest.mark.parametrize("path", sorted(RECORDED.glob("*.json")), ids=lambda path: str(path.stem))
+def test_what_is_missing_is_named(path: Path) -> None:
+    """Of no feature of any recorded host, alone or under the fence of another, a reason ends before it began."""
+    report = Report.loads(path.read_bytes())
+    names = catalogs.names(report.architecture).by_name
+    for feature in names.values():
+        assert not reasons.standing(feature, report).because.endswith(": ")
+        blocker = reasons.missing(
+            feature, "the request", FeatureSet.of(report.architecture, {}), report, None
+        )
+        assert not blocker.because.endswith(": ") and blocker.because
+
+
+def test_host_and_fence_without_a_common_value() -> None:
+    """Neither hides it, and nothing is left of it."""
+    feature = NAMES.by_name["cap-disable-quirks2"]
+    report = host(offer={**PLAIN, "kvm:disable-quirks2": 0x3})
+    fence = Fence(FeatureSet.of(ARCHITECTURE, {"kvm:disable-quirks2": 0xC}), 7)
+    blocker = reasons.missing(feature, "the request", FeatureSet.of(ARCHITECTURE, {}), report, fence)
+    assert (blocker.cause, blocker.because) == (
+        "fence",
+        "the host's and the fence's values of it have nothing in common",
+    )
