@@ -100,7 +100,15 @@ class Member(NamedTuple):
     def roll_lacks(self, level: Fence) -> list[tuple[Measured, tuple[Blocker, ...]]]:
         """The combos to return to that the level would leave behind, and what each lacks."""
         found = [(one, one.lacks(level, f"host {self.host} under {one.name}")) for one in self.roll]
-        return [(one, blockers) for one, blockers in found if blockers]
+        return [(one, self._told(one, blockers)) for one, blockers in found if blockers]
+
+    def _told(self, combo: Measured, blockers: tuple[Blocker, ...]) -> tuple[Blocker, ...]:
+        running = self.running.report if self.running is not None else None
+        if combo.report is None or running is None:
+            return blockers
+        from kvmneg.policy import reasons  # for a no only
+
+        return reasons.under(blockers, combo.report, running)
 
     def missing(self, after: int | None = None) -> str:
         """Why its word is not to be had now, "" where it is: unreachable, stale, or not measured after a revision."""

@@ -150,7 +150,11 @@ def missing(
     elif feature.requires:
         cause, because = "dependency", _unmet(feature, granted)
     else:
-        what = "the host's and the fence's values of it" if fence is not None else "what is asked for and what it gives"
+        what = (
+            "the host's and the fence's values of it"
+            if fence is not None
+            else "what is asked for and what it gives"
+        )
         cause, because = "fence" if fence is not None else "policy", f"{what} have nothing in common"
     bit = feature.shift if feature.width == 1 else None
     return Blocker(feature.name, feature.word, bit, wanted_by, where, cause, because)
@@ -166,12 +170,42 @@ def unfit(blocker: Blocker, report: Report, wanted_by: str, seen: Through | None
             wanted_by=wanted_by, missing_on=seen.missing_on(), cause="vmm", because=taken.because
         )
     partly = feature is not None and feature.width > 1 and given(feature, report.offer, report)
-    if feature is not None and ((feature.is_bit and not partly) or rates.unmeasured(feature.word, report.offer_words)):
+    if feature is not None and (
+        (feature.is_bit and not partly) or rates.unmeasured(feature.word, report.offer_words)
+    ):
         cause, because = _held_back(feature, report)
     elif feature is not None:
         offered = feature.of(report.offer.value(feature.word))
         cause = _layer(feature, report, offered)
     return blocker._replace(wanted_by=wanted_by, cause=cause, because=because)
+
+
+def under(blockers: Iterable[Blocker], report: Report, running: Report | None) -> tuple[Blocker, ...]:
+    """Reasons against a combo of the machine that runs `running` now: what KVM offers there without the CPU.
+
+    Where the report of a combo lacks it, and its silicon too, that KVM is the cause. Of another CPU nothing is said.
+    """
+    if running is None or report.architecture != running.architecture or not _one_cpu(report, running):
+        return tuple(blockers)
+    names = catalogs.names(report.architecture).by_name
+    kernel, now = (one.combo.get("kernel") or "a kernel that is not known" for one in (report, running))
+    because = f"KVM of {kernel} does not offer it, that of {now} does on the same CPU"
+    return tuple(
+        one._replace(cause="kernel", because=because)
+        if one.cause == "silicon"
+        and one.feature in names
+        and given(names[one.feature], running.offer, running)
+        else one
+        for one in blockers
+    )
+
+
+def _one_cpu(report: Report, running: Report) -> bool:
+    """Whether both were measured on the same kind of CPU, as far as they say."""
+    ours, theirs = report.identity, running.identity
+    return bool(ours.get("vendor")) and all(
+        ours.get(key) == theirs.get(key) for key in ("vendor", "signature")
+    )
 
 
 def _measured(feature: Feature, report: Report) -> int:

@@ -157,13 +157,16 @@ class Guests:
         return [self._held[place] for place in sorted(unfit)]
 
 
-def below(report: Report, fence: Fence | None) -> tuple[Blocker, ...]:
-    """What the fence promises and the host of this report does not offer, or cannot be told to show."""
+def below(report: Report, fence: Fence | None, running: Report | None = None) -> tuple[Blocker, ...]:
+    """What the fence promises and the host of this report does not offer, or cannot be told to show.
+
+    `running` is the machine's report of now, where the other is an older one of it.
+    """
     if fence is None:
         return ()
     found = [reasons.unfit(one, report, "the fence") for one in negotiation.below(report, fence)]
     found += negotiation.unreachable(fence.granted, report, "the fence")
-    return tuple(reasons.in_order(found))
+    return reasons.under(reasons.in_order(found), report, running)
 
 
 def judge(
@@ -174,14 +177,18 @@ def judge(
     floor: Fence | None = None,
     combo: str = "",
     vmm: str | None = None,
+    running: Report | None = None,
 ) -> Answer:
     """The answer on one measured combo: the newest report of it. `floor` bounds new guests where no fence is pinned.
+
+    `running` is the machine's report of now.
 
     Raises UsageError for a VMM without a definition.
     """
     negotiation.through(report, vmm)  # a name that nobody knows is a mistake, whether there are guests or not
-    blockers = (*coverage.blockers(report), *below(report, fence))
+    blockers = (*coverage.blockers(report), *below(report, fence, running))
     held = guests.blocking(report, vmm) if not coverage.unvisited(report) else ()
+    held = tuple(one._replace(blockers=reasons.under(one.blockers, report, running)) for one in held)
     return Answer(
         combo or report.combo_digest(),
         "",

@@ -126,7 +126,7 @@ class Rolls:
         row = self.resolve(text)
         report, fence = self._load(row), self._node.fence
         coverage.require(report)
-        blockers = roll.below(report, fence)
+        blockers = roll.below(report, fence, self._node.last_report)
         if fence is not None and blockers:
             raise Blocked(
                 f"{report.host} offers less than fence generation {fence.generation} promises",
@@ -213,7 +213,9 @@ class Rolls:
         self, row: ComboRow, running: Report, fence: Fence | None, guests: roll.Guests, vmm: str | None
     ) -> roll.Answer:
         there = self._load(row)
-        answer = roll.judge(there, fence, guests, floor=self._node.floor, combo=row.digest, vmm=vmm)
+        answer = roll.judge(
+            there, fence, guests, floor=self._node.floor, combo=row.digest, vmm=vmm, running=running
+        )
         return answer._replace(changes=roll.changes(running.combo, self.combo(row)))
 
     def guests(self) -> roll.Guests:

@@ -16,8 +16,10 @@ from kvmneg.features import catalog as catalogs
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
 from kvmneg.host import software
-from kvmneg.policy import kernels, negotiation, reasons, vmm
+from kvmneg.policy import kernels, negotiation, reasons, roll, vmm
 from kvmneg.policy.fence_text import Fence
+from kvmneg.policy.leases import Holding
+from kvmneg.policy.members import Measured, Member
 from kvmneg.policy.request import Request
 
 RECORDED = Path(__file__).resolve().parents[1] / "data/hosts"
@@ -262,3 +264,31 @@ def test_host_and_fence_without_a_common_value() -> None:
         "fence",
         "the host's and the fence's values of it have nothing in common",
     )
+
+
+def test_what_another_kernel_offers_on_the_same_cpu_is_not_the_cpus() -> None:
+    """KVM of 6.12 does flushbyasid in software: that 6.1 lacks it, as the CPU does, is that kernel's."""
+    old, new = (Report.loads((RECORDED / f"amd-{line}.max.json").read_bytes()) for line in ("6.1", "6.12"))
+    elsewhere = Report.loads((RECORDED / "intel-6.12.tigerlake.json").read_bytes())
+    fence = Fence(new.offer, 3)
+
+    def causes(running: Report | None) -> dict[str, tuple[str, str]]:
+        return {one.feature: (one.cause, one.because) for one in roll.below(old, fence, running)}
+
+    alone = causes(None)
+    assert alone["flushbyasid"][0] == "silicon"
+    assert causes(elsewhere) == alone
+    told = causes(new)
+    kernels_of = [str(one.combo["kernel"]) for one in (old, new)]
+    because = f"KVM of {kernels_of[0]} does not offer it, that of {kernels_of[1]} does on the same CPU"
+    assert told.pop("flushbyasid") == ("kernel", because)
+    del alone["flushbyasid"]
+    assert told == alone
+
+    held = Holding("vm", "sha256:1", new.offer, "running", 0)
+    answer = roll.judge(old, fence, roll.Guests([held]), running=new)
+    for blockers in (answer.blockers, answer.guests[0].blockers):
+        assert {one.cause for one in blockers if one.feature == "flushbyasid"} == {"kernel"}
+    combos = [Measured(one.combo_digest(), str(one.combo["kernel"]), one.offer, one) for one in (old, new)]
+    ((_, lacking),) = Member("h", running=combos[1], roll=(combos[0],)).roll_lacks(fence)
+    assert {one.cause for one in lacking if one.feature == "flushbyasid"} == {"kernel"}
