@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 import sys
 
 from kvmneg import limits
@@ -23,18 +25,23 @@ _HINTS = {
 }
 
 
-_standard_input: list[bytes] = []  # what was read: it cannot be read again
+_read: dict[str, bytes] = {}  # standard input and pipes, by name: they cannot be read again
 
 
 def read(path: str, limit: int = limits.REPORT_BYTES) -> bytes:
     """A file's bytes ("-": standard input), at most one more than `limit`. Raises BadInput."""
     try:
         if path == "-":
-            if not _standard_input:
-                _standard_input.append(sys.stdin.buffer.read(limit + 1))
-            return _standard_input[0]
+            if path not in _read:
+                _read[path] = sys.stdin.buffer.read(limit + 1)
+            return _read[path]
+        if path in _read:
+            return _read[path]
         with open(path, "rb") as file:
-            return file.read(limit + 1)
+            data = file.read(limit + 1)
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                _read[path] = data
+            return data
     except OSError as error:
         hint = _HINTS.get(error.errno or 0, "")
         raise BadInput(f"cannot be read: {error.strerror}", file=path, hint=hint) from None

@@ -793,3 +793,24 @@ def test_a_failure_that_finds_no_room_keeps_its_status() -> None:
         assert both.returncode == 5
         help_ = subprocess.run(_command("host", "--help"), stdout=full, stderr=subprocess.PIPE, check=False)
         assert help_.returncode == 7
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+@pytest.mark.parametrize(
+    "command",
+    [("check", "--level", "x86-64-v1"), ("check", "--level", "x86-64-v3"), ("negotiate", "--max")],
+    ids=" ".join,
+)
+def test_a_report_comes_by_a_pipe(plain: str, command: tuple[str, ...], more: tuple[str, ...]) -> None:
+    """As `--report <(kvmneg host --json)`: what is read of it is gone, however often its name is opened."""
+
+    def said(path: str, *fds: int) -> tuple[int, str]:
+        words = [sys.executable, "-P", "-m", "kvmneg.cli", *command, *more, "--report", path]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, pass_fds=fds)
+        return done.returncode, done.stdout + done.stderr
+
+    expected = said(plain)
+    assert expected[0] in (0, 1)
+    with subprocess.Popen(["cat", plain], stdout=subprocess.PIPE) as cat:
+        assert cat.stdout is not None
+        assert said(f"/dev/fd/{cat.stdout.fileno()}", cat.stdout.fileno()) == expected
