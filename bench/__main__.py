@@ -40,7 +40,11 @@ def compiled(folder: Path) -> Path:
     applies = ["-Wl,--wrap=ioctl", *map(str, library)]
     asks = [*applies, f"-I{client}", *map(str, sorted(client.glob("*.c"))), *(json_c := asking.json_c())]
     with_library = {"applying": applies, "negotiating": asks}
-    for source in sorted((HERE / "c").glob("*.c")):
+    sources = {source.name: source for source in sorted((HERE / "c").glob("*.c"))}
+    if foreign == "x86":  # the twins of those that are x86's
+        sources |= {source.name: source for source in sorted((HERE / "c/arm64").glob("*.c"))}
+        with_library["bare_probe"] = [*applies, "-Wl,--wrap=close"]
+    for source in sources.values():
         if source.stem == "negotiating" and not json_c:
             continue  # `asking` says so
         program = folder / source.stem

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Measuring an arm64 KVM, inside an emulated host, against a C program that makes the same ioctls there."""
+"""An arm64 KVM, inside an emulated host: its measurement and its proof, each against a C program there."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ FILES = ("__init__.py", "figures.py", "inside.py")
 SECONDS = 300.0
 
 
-def bare_probe(folder: Path) -> bytes:
-    """The C program, cross-built with libkvmneg's sources, which tell it once what to do."""
-    csrc, program = HERE.parent / "csrc", folder / "bare_probe.arm64"
+def bare(folder: Path) -> dict[str, bytes]:
+    """The C programs, cross-built; bare_probe with libkvmneg's sources, which tell it once what to do."""
+    csrc = HERE.parent / "csrc"
     library = [path for path in sorted(csrc.rglob("*.[cS]")) if not path.name.startswith("x86")]
-    sources = [HERE / "c/arm64/bare_probe.c", *library]
-    flags = ["-O2", "-std=gnu11", "-Wall", "-Werror", f"-I{csrc}", "-Wl,--wrap=ioctl,--wrap=close"]
-    try:
-        subprocess.run([COMPILER, *flags, *map(str, sources), "-o", str(program)], check=True)
-    except FileNotFoundError:
-        raise LookupError(f"{COMPILER} is not installed") from None
-    return program.read_bytes()
+    recording = [*map(str, library), f"-I{csrc}", "-Wl,--wrap=ioctl,--wrap=close"]
+    programs = {}
+    for name, more in (("bare_probe", recording), ("bare_verify", [])):
+        program, source = folder / f"{name}.arm64", HERE / f"c/arm64/{name}.c"
+        flags = ["-O2", "-std=gnu11", "-Wall", "-Werror"]
+        try:
+            subprocess.run([COMPILER, *flags, str(source), *more, "-o", str(program)], check=True)
+        except FileNotFoundError:
+            raise LookupError(f"{COMPILER} is not installed") from None
+        programs[name] = program.read_bytes()
+    return programs
 
 
 def figures(programs: Path, state: Path) -> Iterator[Figure]:
-    """Without making and closing VMs, vCPUs and devices: that is the kernel's time, the same for both."""
+    """The measurement without making and closing VMs, vCPUs and devices: that is the kernel's time, for both."""
     from tests.hosts import catalogue, project, start  # which `make test` needs and a bench may lack
     from tests.hosts.errors import HostError
     from tests.hosts.job import Job
     from tests.packages.errors import PackageError
 
     host = catalogue.find(HOST)
-    files = {**project.files(host.architecture), "bare_probe": bare_probe(programs)}
+    files = {**project.files(host.architecture), **bare(programs)}
     files |= {f"bench/{name}": (HERE / name).read_bytes() for name in FILES}
-    job = Job(
-        ["sh", "-c", "chmod +x bare_probe && exec python3 -m bench.inside ./bare_probe"],
-        files,
-        project.ENVIRONMENT,
-        SECONDS,
-    )
+    command = "chmod +x bare_probe bare_verify && exec python3 -m bench.inside ./bare_probe ./bare_verify"
+    job = Job(["sh", "-c", command], files, project.ENVIRONMENT, SECONDS)
     try:
         with start.restored(start.Built(host)) as machine:
             result = machine.run(job)
@@ -62,3 +62,7 @@ def figures(programs: Path, state: Path) -> Iterator[Figure]:
     mine, theirs = (median(row[n] - row[2] for row in found["rounds"]) for n in (0, 1))
     detail = f"{mine * 1e3:.1f} ms to {theirs * 1e3:.1f} ms, {found['ioctls']} ioctls, in {HOST}"
     yield Figure("arm64 measurement as a feature set / its ioctls in C", ratio, 1.3, detail=detail)
+    ratio = median(ours / bare for ours, bare in found["proofs"])
+    mine, theirs = (median(row[n] for row in found["proofs"]) for n in (0, 1))
+    detail = f"{mine * 1e3:.0f} ms to {theirs * 1e3:.0f} ms, in {HOST}"
+    yield Figure("arm64 verify of a host / its VMs and guest runs in C", ratio, 20, detail=detail)

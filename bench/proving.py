@@ -19,9 +19,10 @@ REPEATS = 5
 
 def figures(programs: Path, state: Path) -> Iterator[Figure]:
     """In a warm process: the interpreter's start is the command line's, and measured there."""
-    from kvmneg.host import verify_x86
+    from kvmneg.host import proof
     from kvmneg.host.kvm import Kvm
 
+    verifier = proof.verifier()
     try:
         kvm = Kvm.open()
     except NoKvm as error:
@@ -29,7 +30,7 @@ def figures(programs: Path, state: Path) -> Iterator[Figure]:
     with kvm:
 
         def ours() -> float:
-            return median(seconds(lambda: verify_x86.prove(kvm)) for _ in range(REPEATS))
+            return median(seconds(lambda: verifier.prove(kvm)) for _ in range(REPEATS))
 
         def bare() -> float:
             command = [str(programs / "bare_verify"), str(REPEATS)]
