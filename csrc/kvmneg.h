@@ -515,7 +515,7 @@ int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t
                      const struct kvmneg_questions *questions, struct kvmneg_questions **ret_answers,
                      struct kvmneg_trace *trace);
 
-/* KVM_CAP_ENFORCE_PV_FEATURE_CPUID (api.rst 7.26) on a vCPU: KVM's own MSRs of features that its CPUID hides raise #GP.
+/* KVM_CAP_ENFORCE_PV_FEATURE_CPUID (api.rst 8.28) on a vCPU: KVM's own MSRs of features that its CPUID hides raise #GP.
  * -EINVAL up to Linux 5.9. */
 int kvmneg_enforce_pv_cpuid(int vcpu_fd, struct kvmneg_trace *trace);
 

@@ -138,7 +138,7 @@ int kvmneg_internal_start_guest(int vcpu_fd, uint32_t mode, uint32_t row, struct
         }
         if (r >= 0)
                 r = ioctl_pointer(vcpu_fd, KVM_SET_REGS, &regs, trace);
-        if (r >= 0 && row > 0) /* the run before may have died with an exception on its way */
+        if (r >= 0) /* the run before, also of an earlier call, may have died with an exception on its way */
                 r = ioctl_pointer(vcpu_fd, KVM_SET_VCPU_EVENTS, &events, trace);
         return r < 0 ? r : 0;
 }

@@ -75,7 +75,7 @@ static int map_guest(int kvm_fd, struct guest *guest) {
         if (!guest->memory)
                 return negative_errno();
         kvmneg_internal_fill_guest(guest->memory);
-        /* Intel without "unrestricted guest" needs three pages for real mode (api.rst 4.59); once for each VM. */
+        /* Intel without "unrestricted guest" needs three pages for real mode (api.rst 4.36); once for each VM. */
         r = kvmneg_internal_ioctl(guest->vm_fd, KVM_SET_TSS_ADDR, TSS_ADDRESS, guest->trace);
         if (r < 0 && r != -EEXIST)
                 return r;

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import struct
 import threading
 import time
 from pathlib import Path
@@ -31,10 +33,15 @@ pytestmark = pytest.mark.kvm
 PVM = Path("/sys/module/kvm_pvm").exists()
 OURS = "cpuid:0x40000001.0.eax"
 HLT_EXIT = 5  # KVM_EXIT_HLT
+SET_VCPU_EVENTS = 0x4040AEA0  # KVM_SET_VCPU_EVENTS
 
 
 def run(code: str) -> Question:
     return Question(guest.ASK_RUN, code=bytes.fromhex(code))
+
+
+def ask_on(kvm: Kvm, scratch: Scratch, mode: int) -> list[Answer]:
+    return guest.ask(kvm, scratch, mode, [Question(guest.ASK_CPUID, 0)])
 
 
 def ask(kvm: Kvm, questions: Sequence[Question], mode: int = 1, seconds: float = 10.0) -> list[Answer]:
@@ -69,6 +76,17 @@ def test_a_fault_is_an_answer(kvm: Kvm) -> None:
 def test_one_that_leaves_is_noted_and_the_rest_answered(kvm: Kvm) -> None:
     found = ask(kvm, [run("f4c3"), run("f4c3"), Question(guest.ASK_CPUID, 0x40000000)])
     assert [one[:2] for one in found] == [(guest.ENDED, HLT_EXIT)] * 2 + [(guest.ANSWERED, 0)]
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_what_an_earlier_guest_left_behind(kvm: Kvm, mode: int) -> None:
+    """An exception on its way, as KVM keeps it of a guest that died delivering it, is none of the next one's."""
+    with kvm.scratch() as scratch:
+        assert kvm.try_cpuid(scratch, kvm.supported_cpuid()) is not None
+        assert ask_on(kvm, scratch, mode)[0].outcome == guest.ANSWERED
+        injected = struct.pack("=BBBBI", 1, guest.INVALID_OPCODE, 0, 0, 0)  # struct kvm_vcpu_events.exception
+        fcntl.ioctl(scratch.vcpu, SET_VCPU_EVENTS, injected.ljust(64, b"\0"))
+        assert ask_on(kvm, scratch, mode)[0].outcome == guest.ANSWERED
 
 
 def test_one_that_loops_is_ended(kvm: Kvm) -> None:
