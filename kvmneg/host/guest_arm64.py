@@ -92,7 +92,7 @@ class Machine:
         try:
             apply_arm64.apply_vgic(self._machine.vgic_fd, revision)
         except NotApplied as error:
-            return int(error.fields["got"]) >> 12 & 0xF if error.fields["why"] == "dropped" else None
+            return int(error.fields["got"]) if error.fields["why"] == "dropped" else None
         return revision
 
 

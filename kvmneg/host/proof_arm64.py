@@ -19,10 +19,10 @@ from kvmneg.features import words
 from kvmneg.host import guest_arm64 as guest
 from kvmneg.host import views_arm64 as views
 from kvmneg.host.arm64 import FEATURES
-from kvmneg.host.enforcement import REFUSED, UNTESTED
+from kvmneg.host.enforcement import REFUSED
 from kvmneg.host.guest_arm64 import Machine
 from kvmneg.host.instructions_arm64 import CODE, KERNELS, LEAST
-from kvmneg.host.sight import HIDDEN_ONLY, HONOURED, TRAPPED, Sight
+from kvmneg.host.sight import HONOURED, Sight, mark, unanswered, unless
 from kvmneg.host.views_arm64 import LENGTHS, REVISION, Question, register_of
 from kvmneg.policy.contract_arm64 import place
 
@@ -59,11 +59,12 @@ class Table(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One table's guests: what KVM read back, what it did not take, and what was seen by mode."""
+    """One table's guests: what KVM read back, what it did not take, what was seen by mode, and what was missed."""
 
     shown: Mapping[str, int | None]
     refused: Collection[str]
     modes: tuple[Mapping[str, int | None], ...]
+    missed: Collection[str]
 
 
 def ordered(names: Iterable[str]) -> list[str]:
@@ -120,13 +121,14 @@ def _run(kvm: Kvm, machine: Machine, table: Table, refused: set[str]) -> Seen:
         if revision is None:
             refused.add(REVISION)
     asked = [*names, *([REVISION] if REVISION in table.values else [])]
-    modes = tuple(_views(kvm, machine, mode, asked) for mode in guest.MODES)
+    missed: set[str] = set()
+    modes = tuple(_views(kvm, machine, mode, asked, missed) for mode in guest.MODES)
     shown = dict(before)
     for word in names:
         now = before[word]
         if now is not None and not (now ^ table.values[word]) & table.bound[word]:
             shown[word] = machine.get(word)
-    return Seen({**shown, REVISION: revision}, refused, modes)
+    return Seen({**shown, REVISION: revision}, refused, modes, missed)
 
 
 def _set(machine: Machine, word: str, value: int, bound: int) -> bool:
@@ -139,15 +141,21 @@ def _set(machine: Machine, word: str, value: int, bound: int) -> bool:
     return machine.set(word, now & ~bound | value & bound)
 
 
-def _views(kvm: Kvm, machine: Machine, mode: int, asked: Sequence[str]) -> dict[str, int | None]:
-    """Word → what a guest in this mode saw."""
+def _views(
+    kvm: Kvm, machine: Machine, mode: int, asked: Sequence[str], missed: set[str]
+) -> dict[str, int | None]:
+    """Word → what a guest in this mode saw; `missed` gets the words that it was to see and did not come to."""
     each = [(word, views.questions(word, mode)) for word in asked]
     answers = guest.ask(kvm, machine, mode, [question for _, row in each for question in row])
+    gone = unanswered([answer.outcome for answer in answers])
     found: dict[str, int | None] = {}
     at = 0
     for word, row in each:
-        found[word] = views.view(word, answers[at : at + len(row)])
-        at += len(row)
+        end = at + len(row)
+        found[word] = views.view(word, answers[at:end])
+        if any(gone[at:end]):
+            missed.add(word)
+        at = end
     return found
 
 
@@ -156,6 +164,7 @@ def _sight(table: Table, word: str, found: Seen) -> Sight:
     seen = tuple(views.as_kept(word, shown, mode.get(word)) for mode in found.modes)
     refused = bool(bound) and word in found.refused
     grade = REFUSED if refused else views.grade_of(word, bound, value, shown, seen)
+    grade = unless(bool(bound) and word in found.missed, grade)
     return Sight(bound, value, shown, tuple(mode.get(word) for mode in found.modes), grade)
 
 
@@ -212,20 +221,12 @@ def instructions(
     an instruction in either. Raises KvmFault.
     """
     allowed, tried = _executed(kvm, offered, features), _executed(kvm, hidden, features)
-    marks = {}
-    for feature in features:
-        if True in tried[feature]:
-            marks[feature] = HIDDEN_ONLY
-        elif False in tried[feature] and (True in allowed[feature] or feature in host):
-            marks[feature] = TRAPPED
-        else:
-            marks[feature] = UNTESTED
-    return marks
+    return {feature: mark(allowed[feature], tried[feature], has=feature in host) for feature in features}
 
 
-def _executed(kvm: Kvm, table: Table, features: Sequence[str]) -> dict[str, set[bool | None]]:
+def _executed(kvm: Kvm, table: Table, features: Sequence[str]) -> dict[str, list[bool | None]]:
     """Feature → what came of its instruction as a kernel and as a program: executed, undefined (False), or neither."""
-    found: dict[str, set[bool | None]] = {feature: set() for feature in features}
+    found: dict[str, list[bool | None]] = {feature: [None] * len(guest.MODES) for feature in features}
     try:
         machine, refused = _made(kvm, table, table.features)
     except NotApplied:
@@ -238,7 +239,7 @@ def _executed(kvm: Kvm, table: Table, features: Sequence[str]) -> dict[str, set[
             asked = [feature for feature in features if mode == views.EL1 or feature not in KERNELS]
             answers = guest.ask(kvm, machine, mode, [Question(CODE[feature]) for feature in asked])
             for feature, answer in zip(asked, answers, strict=True):
-                found[feature].add(_came_through(answer))
+                found[feature][mode] = _came_through(answer)
     return found
 
 

@@ -20,7 +20,7 @@ from kvmneg.host import guest_x86 as guest
 from kvmneg.host.enforcement import LEAKS, REFUSED, REPLACED, UNTESTED
 from kvmneg.host.guest_x86 import Question
 from kvmneg.host.kvm import MsrShown
-from kvmneg.host.sight import HIDDEN_ONLY, HONOURED, TRAPPED, Sight
+from kvmneg.host.sight import HONOURED, Sight, mark, unanswered, unless
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,8 +52,9 @@ def sights(kvm: Kvm, table: Table, base: Sequence[CpuidEntry] = ()) -> dict[str,
         read_back = kvm.try_cpuid(scratch, taken) or []
         msrs = _given(kvm, scratch, table.msrs)
         asked = [*taken, *read_back]  # KVM may have added a leaf
+        missed: set[str] = set()
         seen = [
-            _seen(kvm, scratch, mode, asked, named, xcr0=xcr0_of(taken), msrs=table.msrs)
+            _seen(kvm, scratch, mode, asked, named, xcr0=xcr0_of(taken), msrs=table.msrs, missed=missed)
             for mode in guest.MODES
         ]
     refused = {word for word, grade in trial.found.items() if grade == REFUSED}
@@ -64,10 +65,14 @@ def sights(kvm: Kvm, table: Table, base: Sequence[CpuidEntry] = ()) -> dict[str,
     )
     wanted = {**dict.fromkeys(shown, 0), **_by_word(table.entries, named)}
     wanted.update((words.msr_word(index), value) for index, value in table.msrs.items())
-    return {
+    found = {
         word: _sight(table, word, value, word in refused, [shown.get(word), *(one.get(word) for one in seen)])
         for word, value in wanted.items()
     }
+    for word in missed & found.keys():
+        sight = found[word]
+        found[word] = sight._replace(grade=unless(bool(sight.bound), sight.grade))
+    return found
 
 
 def _given(kvm: Kvm, scratch: Scratch, values: Mapping[int, int]) -> dict[int, MsrShown]:
@@ -133,22 +138,25 @@ def _seen(
     *,
     xcr0: int,
     msrs: Iterable[int],
+    missed: set[str],
 ) -> dict[str, int]:
-    """Word → what a guest in this mode saw, without what it did not come to see."""
+    """Word → what a guest in this mode saw; `missed` gets the words that it was to see and did not come to."""
     leaves = list(dict.fromkeys(entry[:2] for entry in entries))
     indices = [] if mode == guest.CPL3 else list(msrs)  # RDMSR is a kernel's
     questions = [Question(guest.ASK_CPUID, *leaf) for leaf in leaves]
     questions += [Question(guest.ASK_MSR, index) for index in indices]
     questions.append(Question(guest.ASK_XCR))
     answers = _ask(kvm, scratch, mode, questions, xcr0)
+    asked = [
+        *([word for word, _, _ in named[leaf]] for leaf in leaves),
+        *([words.msr_word(index)] for index in indices),
+    ]
     found: dict[str, int] = {}
-    for leaf, answer in zip(leaves, answers, strict=False):
+    for row, answer in zip(asked, answers, strict=False):
         if answer.outcome == guest.ANSWERED:
-            row = zip(named[leaf], answer[2:], strict=True)
-            found.update((word, value) for (word, _, _), value in row)
-    for index, answer in zip(indices, answers[len(leaves) :], strict=False):
-        if answer.outcome == guest.ANSWERED:
-            found[words.msr_word(index)] = answer.wide
+            found.update(zip(row, answer[2:] if len(row) > 1 else (answer.wide,), strict=True))
+    gone = unanswered([answer.outcome for answer in answers])
+    missed.update(word for row, none in zip([*asked, [_XCR0]], gone, strict=True) if none for word in row)
     if answers[-1].outcome == guest.ANSWERED and _XCR0 in found:
         found[_XCR0] |= answers[-1].eax & ~xcr0  # components it has and was not given
     return found
@@ -171,32 +179,24 @@ def instructions(
     "untested" where a guest did not come to execute it in either. Raises KvmFault.
     """
     allowed, tried = _executed(kvm, offered, features), _executed(kvm, hidden, features)
-    marks = {}
-    for feature in features:
-        if True in tried[feature]:
-            marks[feature] = HIDDEN_ONLY
-        elif True in allowed[feature] and False in tried[feature]:
-            marks[feature] = TRAPPED
-        else:
-            marks[feature] = UNTESTED
-    return marks
+    return {feature: mark(allowed[feature], tried[feature]) for feature in features}
 
 
 def _executed(
     kvm: Kvm, entries: Sequence[CpuidEntry], features: Sequence[str]
-) -> dict[str, set[bool | None]]:
+) -> dict[str, list[bool | None]]:
     """Feature → what came of its instruction as a kernel and as a program: executed, #UD (False), or neither."""
     from kvmneg.host.instructions_x86 import CODE  # the other guests run none
 
-    found: dict[str, set[bool | None]] = {feature: set() for feature in features}
+    found: dict[str, list[bool | None]] = {feature: [] for feature in features}
     with kvm.scratch() as scratch:
         if kvm.try_cpuid(scratch, entries) is None:
-            return found
+            return {feature: [None, None] for feature in features}
         questions = [Question(guest.ASK_RUN, code=CODE[feature]) for feature in features]
         for mode in (guest.CPL0, guest.CPL3):
             answers = guest.ask(kvm, scratch, mode, questions, xcr0=xcr0_of(entries))
             for feature, answer in zip(features, answers, strict=True):
-                found[feature].add(_came_through(answer))
+                found[feature].append(_came_through(answer))
     return found
 
 

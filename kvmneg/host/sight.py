@@ -21,6 +21,7 @@ TRAPPED = "trapped"  # the instruction raises an exception: #UD of x86, undefine
 HIDDEN_ONLY = "hidden only"  # the CPU executes it all the same
 MARKS = (HIDDEN_ONLY, TRAPPED, enforcement.UNTESTED)  # of instructions, the worst first
 _REFUSED = (False, None, True)  # the same of MSRs
+_OPEN, _ENDED = 0, 3  # KVMNEG_OUTCOME_*
 
 PARAVIRTUAL = "cpuid:0x40000001.0.eax"
 
@@ -90,6 +91,34 @@ class Proof:
             if word.startswith(beginning) and any(one is not None for one in sight.seen)
         }
         return sorted(seen - self.grades().keys(), key=words.order)
+
+
+def unanswered(outcomes: Sequence[int]) -> list[bool]:
+    """Of which questions to a guest in one mode nothing came: it left by them, or had no time for them.
+
+    None of them where all are open: KVM lets no guest be in that mode, and there is nothing to be seen in it.
+    """
+    if all(outcome == _OPEN for outcome in outcomes):
+        return [False] * len(outcomes)
+    return [outcome in (_OPEN, _ENDED) for outcome in outcomes]
+
+
+def unless(missed: bool, grade: str) -> str:
+    """A grade; what some guest was to be asked for and did not come to is not honoured, for nobody looked."""
+    return enforcement.UNTESTED if missed and grade == HONOURED else grade
+
+
+def mark(allowed: Sequence[bool | None], tried: Sequence[bool | None], *, has: bool = False) -> str:
+    """What becomes of an instruction whose feature is hidden, by what came of it in each mode.
+
+    Executed (True), an invalid one (False) or neither (None): where the feature is offered, then where it is hidden.
+    `has`: the CPU has it, whether or not it is offered. A mode that executes what is offered has to have been tried.
+    """
+    if True in tried:
+        return HIDDEN_ONLY
+    if any(one and other is None for one, other in zip(allowed, tried, strict=True)):
+        return enforcement.UNTESTED
+    return TRAPPED if False in tried and (has or True in allowed) else enforcement.UNTESTED
 
 
 def worst(proofs: Sequence[Proof]) -> Proof:

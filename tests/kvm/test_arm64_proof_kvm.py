@@ -201,6 +201,21 @@ def test_without_a_vgic_or_pmu(kvm: Kvm, found: Facts) -> None:
         assert not machine.set(word(PSCI_VERSION), 0x20000)
 
 
+def test_revisions(kvm: Kvm, found: Facts) -> None:
+    """One that KVM takes and drops is told as what it is then, one that it refuses as none."""
+    if not found.probe.vgic_models:
+        pytest.skip("another kind of KVM: it has no vGIC")
+    for revision in range(16):
+        with Machine(kvm, PSCI_0_2, found.probe.vgic_models, {}) as machine:
+            told = machine.set_revision(revision)
+        if found.probe.vgic_revisions >> revision & 1:
+            assert told == revision
+        elif found.probe.vgic_revisions_dropped >> revision & 1:
+            assert told == found.probe.vgic_iidr >> 12 & 0xF != revision
+        else:
+            assert told is None
+
+
 def test_instructions_that_came_through() -> None:
     def answer(outcome: int, exception: int = 0) -> views_arm64.Answer:
         return views_arm64.Answer(outcome, exception << 26 | 1 << 25, (0,) * 4)

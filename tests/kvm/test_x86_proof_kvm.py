@@ -16,7 +16,7 @@ import pytest
 
 from kvmneg.errors import KvmFault
 from kvmneg.features import words
-from kvmneg.host import enforcement, measure, x86
+from kvmneg.host import enforcement, measure, sight, x86
 from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch, raw_cpuid
 
 if measure.ARCHITECTURE == "x86_64":
@@ -220,6 +220,36 @@ def test_a_number_that_differs_is_no_leak(kvm: Kvm) -> None:
         liar.given = [*others, leaf._replace(eax=0x302F)]
         found = proof.sights(liar, proof.Table([*others, leaf], {}))
     assert found["cpuid:0x80000008.0.eax"].grade == "replaced"
+
+
+def test_a_guest_without_time_honours_nothing(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that loops when it was asked for one leaf: what it sees of the others nobody knows."""
+    assert (guest.OPEN, guest.ENDED) == (sight._OPEN, sight._ENDED)
+    real = guest.ask
+
+    def ask_late(
+        kvm: Kvm, scratch: Scratch, mode: int, questions: Sequence[Question], *, xcr0: int
+    ) -> list[Answer]:
+        if mode != guest.CPL3:
+            return real(kvm, scratch, mode, questions, xcr0=xcr0)
+        with_loop = [questions[0], run("ebfe"), *questions[1:]]
+        first, loop, *others = real(kvm, scratch, mode, with_loop, xcr0=xcr0, seconds=0.1)
+        assert loop.detail == guest.EXIT_TIME
+        return [first, *others]
+
+    offered, _, msrs = tables(kvm)
+    before = proof.sights(kvm, proof.Table(offered, msrs), offered)
+    monkeypatch.setattr(guest, "ask", ask_late)
+    after = proof.sights(kvm, proof.Table(offered, msrs), offered)
+    seen = {word for word, _, _ in enforcement.registers[offered[0][:2]]}
+    missed = {word for word, one in before.items() if one.bound and word.startswith("cpuid:")} - seen
+    untested = {word for word, one in after.items() if one.grade == "untested"}
+    kept = {
+        word
+        for word in missed
+        if not any(((view or 0) ^ before[word].value) & before[word].bound for view in after[word].seen[:2])
+    }
+    assert untested == kept
 
 
 def test_a_refused_leaf_does_not_spoil_the_rest(kvm: Kvm) -> None:

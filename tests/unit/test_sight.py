@@ -145,3 +145,45 @@ def test_what_guests_saw_goes_into_the_report(host: Callable[..., list[object]])
     assert parts["enforcement"] == {WORD: "leaks", "kvm:hyperv": "untested"}
     assert proof.Kept.from_json({**kept.to_json(), "seen": [1]}) is None
     assert proof.Kept.from_json({**kept.to_json(), "seen": "hyperv:"}) is None
+
+
+OPEN, ANSWERED, FAULTED, ENDED = range(4)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "missed"),
+    [
+        ((), ()),
+        ((OPEN, OPEN), (False, False)),  # there is no such mode for this guest
+        ((ENDED, OPEN), (True, True)),  # no time
+        ((ANSWERED, FAULTED, ENDED, OPEN), (False, False, True, True)),
+        ((ANSWERED, ENDED, ANSWERED), (False, True, False)),
+    ],
+)
+def test_what_guests_did_not_come_to(outcomes: tuple[int, ...], missed: tuple[bool, ...]) -> None:
+    assert tuple(sight.unanswered(outcomes)) == missed
+
+
+def test_missed_is_not_honoured() -> None:
+    assert sight.unless(True, "honoured") == "untested"
+    assert sight.unless(True, "leaks") == "leaks"
+    assert sight.unless(False, "honoured") == "honoured"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "tried", "has", "found"),
+    [
+        ((True, True), (False, False), False, "trapped"),
+        ((True, True), (False, True), False, "hidden only"),
+        ((None, None), (True, None), False, "hidden only"),
+        ((True, True), (False, None), False, "untested"),  # nobody looked at what a program can do
+        ((True, None), (False, None), False, "trapped"),  # a kernel's instruction
+        ((False, False), (False, False), False, "untested"),
+        ((False, False), (False, False), True, "trapped"),  # KVM offers it to nobody
+        ((True, True), (None, None), True, "untested"),
+    ],
+)
+def test_mark(
+    allowed: tuple[bool | None, ...], tried: tuple[bool | None, ...], has: bool, found: str
+) -> None:
+    assert sight.mark(allowed, tried, has=has) == found
