@@ -122,7 +122,9 @@ def _show(screen: Screen, proof: Proof, broken: list[str], *, everything: bool) 
     if broken:
         screen.line(f"{screen.bad('broken')}: this KVM does not keep to {count(len(broken), 'word')}")
     else:
-        screen.line(f"{screen.good('kept')}: guests see what they are to see")
+        unseen = len(proof.grades())  # untested, or they were broken
+        but = f", but for {count(unseen, 'word')} that some guest did not come to see" if unseen else ""
+        screen.line(f"{screen.good('kept')}: guests see what they are to see{but}")
     _kinds(screen, proof)
     for name, table in proof.tables.items():
         _table(screen, proof.modes, name, table, everything=everything)

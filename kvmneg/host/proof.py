@@ -130,8 +130,17 @@ def verifier() -> Any:
 
 
 def prove(path: str) -> Kept:
-    """Run the guests under what the host offers. Raises NoKvm, KvmFault."""
+    """Run the guests under what the host offers. Raises NoKvm, KvmFault.
+
+    Also where they had too little time: what is kept is kept for good, and another run may see it.
+    """
     found = on_each_kind(path)
+    if found.late():
+        import errno  # only here
+
+        from kvmneg.errors import KvmFault
+
+        raise KvmFault("KVM_RUN", errno.ETIME, "proof guests had too little time")
     seen = found.honoured("hyperv:")
     return Kept(f"{now()} by kvmneg {__version__}", found.grades(), dict(found.instructions), seen)
 

@@ -22,7 +22,7 @@ from kvmneg.host.arm64 import FEATURES
 from kvmneg.host.enforcement import REFUSED
 from kvmneg.host.guest_arm64 import Machine
 from kvmneg.host.instructions_arm64 import CODE, KERNELS, LEAST
-from kvmneg.host.sight import HONOURED, Sight, mark, unanswered, unless
+from kvmneg.host.sight import HONOURED, Missed, Sight, mark
 from kvmneg.host.views_arm64 import LENGTHS, REVISION, Question, register_of
 from kvmneg.policy.contract_arm64 import place
 
@@ -64,7 +64,7 @@ class Seen(NamedTuple):
     shown: Mapping[str, int | None]
     refused: Collection[str]
     modes: tuple[Mapping[str, int | None], ...]
-    missed: Collection[str]
+    missed: Missed
 
 
 def ordered(names: Iterable[str]) -> list[str]:
@@ -121,7 +121,7 @@ def _run(kvm: Kvm, machine: Machine, table: Table, refused: set[str]) -> Seen:
         if revision is None:
             refused.add(REVISION)
     asked = [*names, *([REVISION] if REVISION in table.values else [])]
-    missed: set[str] = set()
+    missed = Missed()
     modes = tuple(_views(kvm, machine, mode, asked, missed) for mode in guest.MODES)
     shown = dict(before)
     for word in names:
@@ -142,20 +142,17 @@ def _set(machine: Machine, word: str, value: int, bound: int) -> bool:
 
 
 def _views(
-    kvm: Kvm, machine: Machine, mode: int, asked: Sequence[str], missed: set[str]
+    kvm: Kvm, machine: Machine, mode: int, asked: Sequence[str], missed: Missed
 ) -> dict[str, int | None]:
     """Word → what a guest in this mode saw; `missed` gets the words that it was to see and did not come to."""
     each = [(word, views.questions(word, mode)) for word in asked]
     answers = guest.ask(kvm, machine, mode, [question for _, row in each for question in row])
-    gone = unanswered([answer.outcome for answer in answers])
+    missed.add([[word] for word, row in each for _ in row], [answer[:2] for answer in answers])
     found: dict[str, int | None] = {}
     at = 0
     for word, row in each:
-        end = at + len(row)
-        found[word] = views.view(word, answers[at:end])
-        if any(gone[at:end]):
-            missed.add(word)
-        at = end
+        found[word] = views.view(word, answers[at : at + len(row)])
+        at += len(row)
     return found
 
 
@@ -164,8 +161,8 @@ def _sight(table: Table, word: str, found: Seen) -> Sight:
     seen = tuple(views.as_kept(word, shown, mode.get(word)) for mode in found.modes)
     refused = bool(bound) and word in found.refused
     grade = REFUSED if refused else views.grade_of(word, bound, value, shown, seen)
-    grade = unless(bool(bound) and word in found.missed, grade)
-    return Sight(bound, value, shown, tuple(mode.get(word) for mode in found.modes), grade)
+    sight = Sight(bound, value, shown, tuple(mode.get(word) for mode in found.modes), grade)
+    return found.missed.judge(word, sight)
 
 
 def lowered(kvm: Kvm, probe: Probe, features: int, models: int) -> Table:

@@ -20,7 +20,7 @@ from kvmneg.host import guest_x86 as guest
 from kvmneg.host.enforcement import LEAKS, REFUSED, REPLACED, UNTESTED
 from kvmneg.host.guest_x86 import Question
 from kvmneg.host.kvm import MsrShown
-from kvmneg.host.sight import HONOURED, Sight, mark, unanswered, unless
+from kvmneg.host.sight import HONOURED, Missed, Sight, mark
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def sights(kvm: Kvm, table: Table, base: Sequence[CpuidEntry] = ()) -> dict[str,
         read_back = kvm.try_cpuid(scratch, taken) or []
         msrs = _given(kvm, scratch, table.msrs)
         asked = [*taken, *read_back]  # KVM may have added a leaf
-        missed: set[str] = set()
+        missed = Missed()
         seen = [
             _seen(kvm, scratch, mode, asked, named, xcr0=xcr0_of(taken), msrs=table.msrs, missed=missed)
             for mode in guest.MODES
@@ -69,10 +69,7 @@ def sights(kvm: Kvm, table: Table, base: Sequence[CpuidEntry] = ()) -> dict[str,
         word: _sight(table, word, value, word in refused, [shown.get(word), *(one.get(word) for one in seen)])
         for word, value in wanted.items()
     }
-    for word in missed & found.keys():
-        sight = found[word]
-        found[word] = sight._replace(grade=unless(bool(sight.bound), sight.grade))
-    return found
+    return {word: missed.judge(word, sight) for word, sight in found.items()}
 
 
 def _given(kvm: Kvm, scratch: Scratch, values: Mapping[int, int]) -> dict[int, MsrShown]:
@@ -138,7 +135,7 @@ def _seen(
     *,
     xcr0: int,
     msrs: Iterable[int],
-    missed: set[str],
+    missed: Missed,
 ) -> dict[str, int]:
     """Word → what a guest in this mode saw; `missed` gets the words that it was to see and did not come to."""
     leaves = list(dict.fromkeys(entry[:2] for entry in entries))
@@ -155,8 +152,7 @@ def _seen(
     for row, answer in zip(asked, answers, strict=False):
         if answer.outcome == guest.ANSWERED:
             found.update(zip(row, answer[2:] if len(row) > 1 else (answer.wide,), strict=True))
-    gone = unanswered([answer.outcome for answer in answers])
-    missed.update(word for row, none in zip([*asked, [_XCR0]], gone, strict=True) if none for word in row)
+    missed.add([*asked, [_XCR0]], [answer[:2] for answer in answers])
     if answers[-1].outcome == guest.ANSWERED and _XCR0 in found:
         found[_XCR0] |= answers[-1].eax & ~xcr0  # components it has and was not given
     return found

@@ -22,6 +22,7 @@ HIDDEN_ONLY = "hidden only"  # the CPU executes it all the same
 MARKS = (HIDDEN_ONLY, TRAPPED, enforcement.UNTESTED)  # of instructions, the worst first
 _REFUSED = (False, None, True)  # the same of MSRs
 _OPEN, _ENDED = 0, 3  # KVMNEG_OUTCOME_*
+_EXIT_TIME = 0x7FFF0001  # KVMNEG_EXIT_TIME
 
 PARAVIRTUAL = "cpuid:0x40000001.0.eax"
 
@@ -34,6 +35,7 @@ class Sight(NamedTuple):
     shown: int | None
     seen: tuple[int | None, ...]
     grade: str
+    late: bool = False  # some guest had no time for it: another run may tell
 
 
 class Standing(NamedTuple):
@@ -82,6 +84,10 @@ class Proof:
                 found.setdefault(catalogs.names(words.X86_64).feature(feature).word, LEAKS)
         return {word: found[word] for word in sorted(found, key=words.order)}
 
+    def late(self) -> bool:
+        """Whether guests had too little time to see everything."""
+        return any(sight.late for table in self.tables.values() for sight in table.values())
+
     def honoured(self, beginning: str) -> list[str]:
         """The words with this beginning that some guest saw as they were to be, in every table that has them."""
         seen = {
@@ -93,19 +99,27 @@ class Proof:
         return sorted(seen - self.grades().keys(), key=words.order)
 
 
-def unanswered(outcomes: Sequence[int]) -> list[bool]:
-    """Of which questions to a guest in one mode nothing came: it left by them, or had no time for them.
+class Missed(dict[str, bool]):
+    """The words that a guest was to see and did not come to, and whether for want of time."""
 
-    None of them where all are open: KVM lets no guest be in that mode, and there is nothing to be seen in it.
-    """
-    if all(outcome == _OPEN for outcome in outcomes):
-        return [False] * len(outcomes)
-    return [outcome in (_OPEN, _ENDED) for outcome in outcomes]
+    def add(self, rows: Iterable[Iterable[str]], outcomes: Sequence[tuple[int, int]]) -> None:
+        """What came of a guest in one mode: each question's words, and (KVMNEG_OUTCOME_*, its detail).
 
+        It left by a question, or had no time for it. Where all are open KVM lets no guest be in that mode, and there
+        is nothing to be seen in it.
+        """
+        if all(outcome == _OPEN for outcome, _ in outcomes):
+            return
+        late = (_ENDED, _EXIT_TIME) in outcomes
+        for row, (outcome, _) in zip(rows, outcomes, strict=True):
+            if outcome in (_OPEN, _ENDED):
+                self.update(dict.fromkeys(row, late))
 
-def unless(missed: bool, grade: str) -> str:
-    """A grade; what some guest was to be asked for and did not come to is not honoured, for nobody looked."""
-    return enforcement.UNTESTED if missed and grade == HONOURED else grade
+    def judge(self, word: str, sight: Sight) -> Sight:
+        """What some guest did not come to is not honoured, for nobody looked."""
+        if word not in self or not sight.bound or sight.grade != HONOURED:
+            return sight
+        return sight._replace(grade=enforcement.UNTESTED, late=self[word])
 
 
 def mark(allowed: Sequence[bool | None], tried: Sequence[bool | None], *, has: bool = False) -> str:

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvmneg.cli import verify
 from kvmneg.cli.output import Screen
+from kvmneg.errors import KvmFault
 from kvmneg.host import kvm, proof, sight, software
 from kvmneg.host.sight import Proof, Sight, Standing
 from kvmneg.host.software import CpuClass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 WORD, OTHER = "cpuid:0x7.0.ebx", "hyperv:0x40000003.0.eax"
 BIG, LITTLE = {"model": "big"}, {"model": "little"}
@@ -148,26 +152,59 @@ def test_what_guests_saw_goes_into_the_report(host: Callable[..., list[object]])
 
 
 OPEN, ANSWERED, FAULTED, ENDED = range(4)
+HLT, TIME = 5, 0x7FFF0001  # KVM_EXIT_HLT, KVMNEG_EXIT_TIME
 
 
 @pytest.mark.parametrize(
     ("outcomes", "missed"),
     [
-        ((), ()),
-        ((OPEN, OPEN), (False, False)),  # there is no such mode for this guest
-        ((ENDED, OPEN), (True, True)),  # no time
-        ((ANSWERED, FAULTED, ENDED, OPEN), (False, False, True, True)),
-        ((ANSWERED, ENDED, ANSWERED), (False, True, False)),
+        ((), {}),
+        (((OPEN, 0), (OPEN, 0)), {}),  # there is no such mode for this guest
+        (((ENDED, TIME), (OPEN, 0)), {"a": True, "b": True, "c": True}),
+        (((ANSWERED, 0), (FAULTED, 6), (ENDED, HLT), (ANSWERED, 0)), {"d": False}),
+        (((FAULTED, 13), (ENDED, HLT), (ENDED, TIME), (OPEN, 0)), {"c": True, "d": True, "e": True}),
     ],
 )
-def test_what_guests_did_not_come_to(outcomes: tuple[int, ...], missed: tuple[bool, ...]) -> None:
-    assert tuple(sight.unanswered(outcomes)) == missed
+def test_what_guests_did_not_come_to(outcomes: tuple[tuple[int, int], ...], missed: dict[str, bool]) -> None:
+    found = sight.Missed()
+    found.add((["a", "b"], ["c"], ["d"], ["e"])[: len(outcomes)], outcomes)
+    assert found == missed
 
 
 def test_missed_is_not_honoured() -> None:
-    assert sight.unless(True, "honoured") == "untested"
-    assert sight.unless(True, "leaks") == "leaks"
-    assert sight.unless(False, "honoured") == "honoured"
+    missed = sight.Missed({WORD: True, OTHER: False})
+    honoured = one("honoured")
+    assert missed.judge(WORD, honoured) == honoured._replace(grade="untested", late=True)
+    assert missed.judge(OTHER, honoured) == honoured._replace(grade="untested")
+    for word, sight_ in ((WORD, one("leaks")), ("msr:0x10a", honoured), (WORD, honoured._replace(bound=0))):
+        assert missed.judge(word, sight_) == sight_
+
+
+def test_a_proof_that_had_too_little_time_is_not_kept(
+    host: Callable[..., list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may tell; a guest that leaves by a question does so each time."""
+    monkeypatch.setattr(signal, "alarm", lambda _seconds: 0)
+    cpu = min(os.sched_getaffinity(0))
+    late, left = (one("untested")._replace(late=how) for how in (True, False))
+    cache = tmp_path / "proofs.json"
+    host([CpuClass(BIG, (cpu,))], [made({"offer": {WORD: late}})])
+    with pytest.raises(KvmFault) as caught:
+        proof.refresh(str(cache), "/dev/some", "sha256:1")
+    assert (caught.value.fields["ioctl"], caught.value.fields["errno"]) == ("KVM_RUN", errno.ETIME)
+    assert not cache.exists()
+    host([CpuClass(BIG, (cpu,))], [made({"offer": {WORD: left}})])
+    assert proof.refresh(str(cache), "/dev/some", "sha256:1").grades == {WORD: "untested"}
+
+
+def test_what_nobody_saw_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for grade, told in (
+        ("honoured", ""),
+        ("untested", ", but for 1 word that some guest did not come to see"),
+    ):
+        verify._show(Screen(), made({"offer": {WORD: one(grade)}}), [], everything=False)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert shown.startswith(f"kept: guests see what they are to see{told} ")
 
 
 @pytest.mark.parametrize(
