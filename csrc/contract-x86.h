@@ -30,6 +30,11 @@ bool kvmneg_internal_shows_hyperv(const struct kvmneg_cpuid_entry *entries, uint
 void kvmneg_internal_bound_cpuid(const struct kvmneg_contract *contract, uint32_t function, uint32_t index,
                                  unsigned place, uint32_t *ret_value, uint32_t *ret_mask);
 
+/* Has KVM refuse what a guest with this table is not shown, of KVM's own features and of Hyper-V's. */
+int kvmneg_internal_enforce(const struct kvmneg_contract *contract, int vcpu_fd,
+                            const struct kvmneg_cpuid_entry *entries, uint32_t count, struct kvmneg_failure *failure,
+                            struct kvmneg_trace *trace);
+
 /* Feature MSRs, and MSR 0x179: written where they differ and read back, or with `write` false read only. */
 int kvmneg_internal_apply_msrs(const struct kvmneg_contract *contract, int vcpu_fd, bool write,
                                struct kvmneg_failure *failure, struct kvmneg_trace *trace);

@@ -286,8 +286,8 @@ struct kvmneg_cpuid;
  *
  *   vm_apply     after KVM_CREATE_VM, before the first vCPU.
  *                x86: every capability of the contract is asked for; XSAVE components on demand are permitted; the TSC
- *                rate where KVM sets it for a VM (api.rst 4.55); the PMU off where the guest is shown none (8.35);
- *                `choices`
+ *                rate where KVM sets it for a VM (api.rst 4.55); the PMU off (8.35) where the guest is shown none and
+ *                the contract grants the capability; `choices`
  *                arm64: the same of capabilities; MIDR, REVIDR and AIDR may be written if they are bound (8.43)
  *   vcpu_init    after KVM_CREATE_VCPU, each vCPU.
  *                x86: KVM_SET_TSC_KHZ (4.55) unless the rate is there
@@ -299,9 +299,12 @@ struct kvmneg_cpuid;
  *                else KVM passes over the first instruction
  *   vcpu_apply   each vCPU; on arm64 after the vGIC is created and KVM_ARM_VCPU_PMU_V3_SET_PMU.
  *                x86: KVM_SET_CPUID2 (4.20) with `cpuid` clamped (kvmneg_clamp_cpuid), feature MSRs by KVM_SET_MSRS
- *                (4.19) and KVM_X86_SETUP_MCE (4.105), both read back; KVM_CAP_ENFORCE_PV_FEATURE_CPUID (8.28) and
- *                KVM_CAP_HYPERV_ENFORCE_CPUID (8.33). Without `cpuid` the vCPU gets the contract's leaves alone: APIC
- *                id 0, no topology, no names
+ *                (4.19) and KVM_X86_SETUP_MCE (4.105), both read back. Without `cpuid` the vCPU gets the contract's
+ *                leaves alone: APIC id 0, no topology, no names.
+ *                Where KVM can, it refuses from then on what the guest is not shown: of KVM's own features
+ *                (KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 8.28), their MSRs to the VMM too, and of Hyper-V's where it is
+ *                shown Hyper-V (KVM_CAP_HYPERV_ENFORCE_CPUID, 8.33). A contract that grants these capabilities fails
+ *                where KVM cannot; up to Linux 5.15 the first is of no use beside Hyper-V, and is left off there
  *                arm64: every other register, then verify; `cpuid` is NULL
  *   vcpu_verify  reads only: after vcpu_apply, and again after the first run
  *   vgic_apply   arm64, where the VM has a vGIC: after its KVM_DEV_ARM_VGIC_CTRL_INIT, before any other of its
@@ -311,9 +314,9 @@ struct kvmneg_cpuid;
  * Read back are the bits that are bound, and of a CPUID register that is bound in part also that it has nothing else
  * but what is the VMM's. What KVM writes by itself is left out: OSXSAVE, OSPKE, APIC, MONITOR, sizes of XSAVE areas.
  *
- * What is as it should be is not written, so the same calls with the same bytes may be made again at any time (but for
- * what vcpu_init does to a vCPU of arm64), and a vCPU that is plugged in later gets the same three. Of `cpuid` this is so
- * while its own part is the same.
+ * The same calls with the same bytes may be made again at any time, and change nothing: but for vm_apply, of which KVM
+ * refuses some while there are vCPUs, and for what vcpu_init does to a vCPU of arm64. So a vCPU that is plugged in later
+ * gets the same three. Of `cpuid` this is so while its own part is the same.
  *
  *   -ENOEXEC     the contract is one of the other architecture
  *   -EBADE, -EINVAL, -ENOENT, -EOPNOTSUPP, ...  `failure` says which word
@@ -503,7 +506,8 @@ struct kvmneg_questions {
  * it was given (CPUID, MSRs, capabilities), and by its first run KVM freezes its CPUID; registers are lost, and it may
  * be asked again, in another mode too. All runs together take at most `milliseconds`.
  *
- * The calling thread has SIGRTMAX blocked meanwhile, and one that is pending for it is taken away.
+ * The calling thread has SIGRTMAX blocked meanwhile, and one that is pending for it is taken away. Afterwards the vCPU has
+ * no signal mask of its own (KVM_SET_SIGNAL_MASK, 4.21).
  *
  *   -E2BIG   more than KVMNEG_QUESTIONS_MAX
  *   -EINVAL  no such mode or kind of question, no time, or KVM does not take the registers of that mode
@@ -730,7 +734,8 @@ struct kvmneg_questions {
  * first run KVM freezes its ID registers; general and some system registers are lost, and it may be asked again, in
  * another mode too. All runs together take at most `milliseconds`.
  *
- * The calling thread has SIGRTMAX blocked meanwhile, and one that is pending for it is taken away.
+ * The calling thread has SIGRTMAX blocked meanwhile, and one that is pending for it is taken away. Afterwards the vCPU has
+ * no signal mask of its own (KVM_SET_SIGNAL_MASK, 4.21).
  *
  *   -E2BIG   more than KVMNEG_QUESTIONS_MAX
  *   -EINVAL  no such mode, no time, or not 1 to 4 answers

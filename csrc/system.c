@@ -50,7 +50,6 @@ static const struct {
         NAME(KVM_SET_REGS),
         NAME(KVM_SET_VCPU_EVENTS),
         NAME(KVM_SET_XCRS),
-        NAME(KVM_ENABLE_CAP),
         NAME(KVM_RUN),
 #elif defined(__aarch64__)
         NAME(KVM_ARM_PREFERRED_TARGET),

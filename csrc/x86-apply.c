@@ -217,38 +217,9 @@ static int check_cpuid(const struct kvmneg_contract *contract, int vcpu_fd, uint
         return r < 0 ? r : kvmneg_internal_compare(contract, shown.entries, shown.count, stage, why, failure);
 }
 
-/* What CPUID hides is refused: paravirtual MSRs and hypercalls, Hyper-V's where the guest is shown Hyper-V. */
-static int enforce(const struct kvmneg_contract *contract, int vcpu_fd, bool hyperv, struct kvmneg_failure *failure,
-                   struct kvmneg_trace *trace) {
-        const struct {
-                bool wanted;
-                uint32_t capability;
-                const char *name;
-        } caps[] = {
-                { true, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, "kvm:enforce-pv-feature-cpuid" },
-                { hyperv, KVM_CAP_HYPERV_ENFORCE_CPUID, "kvm:hyperv-enforce-cpuid" },
-        };
-
-        for (size_t i = 0; i < sizeof(caps) / sizeof(caps[0]); i++) {
-                struct kvmneg_failure what = { .asked = 1,
-                                               .mask = 1,
-                                               .stage = KVMNEG_STAGE_ENFORCE,
-                                               .request = (uint32_t) KVM_ENABLE_CAP };
-                int r = caps[i].wanted && kvmneg_internal_granted(contract, caps[i].name)
-                                ? enable(vcpu_fd, caps[i].capability, 1, trace)
-                                : 0;
-                if (r < 0) {
-                        what.why = why_refused(r);
-                        return fail_name(failure, caps[i].name, what, r);
-                }
-        }
-        return 0;
-}
-
 int kvmneg_vcpu_apply(const struct kvmneg_contract *contract, int vcpu_fd, const struct kvmneg_cpuid *cpuid,
                       struct kvmneg_failure *failure, struct kvmneg_trace *trace) {
         struct cpuid_table table = {};
-        bool hyperv;
         int r = check_architecture(contract);
 
         if (r < 0)
@@ -262,13 +233,12 @@ int kvmneg_vcpu_apply(const struct kvmneg_contract *contract, int vcpu_fd, const
         r = kvmneg_internal_clamp(contract, table.entries, &table.count, KVMNEG_CONTRACT_CPUIDS_MAX, failure);
         if (r < 0)
                 return r;
-        hyperv = kvmneg_internal_shows_hyperv(table.entries, table.count);
         r = cpuid_ioctl(vcpu_fd, KVM_SET_CPUID2, &table, KVMNEG_STAGE_CPUID, failure, trace);
         if (r >= 0)
                 r = check_cpuid(contract, vcpu_fd, KVMNEG_STAGE_CPUID, KVMNEG_DROPPED, failure, trace);
         if (r >= 0)
                 r = kvmneg_internal_apply_msrs(contract, vcpu_fd, true, failure, trace);
-        return r < 0 ? r : enforce(contract, vcpu_fd, hyperv, failure, trace);
+        return r < 0 ? r : kvmneg_internal_enforce(contract, vcpu_fd, table.entries, table.count, failure, trace);
 }
 
 int kvmneg_vcpu_verify(const struct kvmneg_contract *contract, int vcpu_fd, struct kvmneg_failure *failure,

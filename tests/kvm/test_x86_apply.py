@@ -22,10 +22,16 @@ import pytest
 from kvmneg.errors import NotApplied
 from kvmneg.features import words
 from kvmneg.features.featureset import FeatureSet
-from kvmneg.host import measure
+from kvmneg.host import measure, software
 from kvmneg.host.apply import REASONS, STAGES, Applied
 from kvmneg.policy import contract as contracts
+from kvmneg.policy import negotiation
 from kvmneg.policy.contract import Contract
+from kvmneg.policy.request import Request
+
+if measure.ARCHITECTURE == "x86_64":
+    from kvmneg.host import guest_x86 as guest
+    from kvmneg.host import hidden_x86
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,6 +130,27 @@ def _entry(row: tuple[int, ...]) -> CpuidEntry:
     from kvmneg.host.kvm import CpuidEntry
 
     return CpuidEntry(*row)
+
+
+def test_what_a_level_hides_is_refused(kvm: Kvm, report: Report) -> None:
+    """MSRs of KVM's own features that a guest is not shown, whether or not its contract grants the capability."""
+    contract = negotiation.negotiate(Request(level="x86-64-v1"), report).contract
+    bound = dict(contracts._decode_words(contract.binary()))
+    kept = {
+        word: row for word, row in bound.items() if report.enforcement.get(word, "untested") == "untested"
+    }
+    assert kept["cpuid:0x40000001.0.eax"][0] == 0
+    held = Applied.of(contracts._encode(words.X86_64, kept, (0, ""), "unverified", ()))
+    ignoring = software.modules().get("kvm.ignore_msrs") == "Y"
+    with kvm.scratch() as scratch:
+        held.vm(scratch.vm)
+        held.vcpu_init(scratch.vm, scratch.vcpu)
+        held.vcpu(scratch.vcpu, kvm.supported_cpuid())
+        indices = [index for each in hidden_x86.PARAVIRTUAL_MSRS.values() for index in each]
+        asked = [guest.Question(guest.ASK_MSR, index) for index in indices]
+        answers = guest.ask(kvm, scratch, guest.CPL0, asked)
+    came = [hidden_x86.judged(answer, ignoring=ignoring) for answer in answers]
+    assert len(came) > 5 and all(one and one.refused for one in came)
 
 
 def test_verify_writes_nothing(kvm: Kvm, report: Report) -> None:

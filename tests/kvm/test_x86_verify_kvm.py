@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmneg import cli
+from kvmneg.errors import NotApplied
 from kvmneg.features import catalog, words
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
 from kvmneg.host import measure
+from kvmneg.host.apply import Applied
 from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch
 from kvmneg.policy import negotiation
 from kvmneg.policy.contract import Contract
 from kvmneg.policy.request import Request
 
 if measure.ARCHITECTURE == "x86_64":
-    from kvmneg.host import enforcement, hyperv_x86, sight, verify_x86
+    from kvmneg.host import enforcement, hidden_x86, hyperv_x86, sight, verify_x86
+    from kvmneg.host import guest_x86 as guest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,8 +118,9 @@ def enlightened(kvm: Kvm) -> list[str]:
     return ["hv-vpindex", "hv-time-ref-count", "hv-hypercall", "hv-relaxed"]
 
 
-def hyperv_contract(report: Report, features: list[str]) -> Contract:
-    return negotiation.negotiate(Request(require=tuple(features)), report, None).contract
+def hyperv_contract(report: Report, features: list[str], *, maximum: bool = False) -> Contract:
+    request = Request(require=tuple(features), maximum=maximum)
+    return negotiation.negotiate(request, report, None).contract
 
 
 def test_a_contract_with_hyper_v(
@@ -255,3 +259,33 @@ def test_no_kvm(capsys: Capture, tmp_path: Path) -> None:
     assert cli.main(["verify", "--kvm", str(tmp_path / "kvm")]) == 3
     assert cli.main(["verify", "--contract", str(tmp_path / "contract")]) == 5
     assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("maximum", [False, True])
+def test_what_is_shown_beside_hyper_v_is_not_refused(
+    kvm: Kvm, report: Report, enlightened: list[str], maximum: bool
+) -> None:
+    """Applied by the library, with all it enforces: a guest has the MSRs of KVM's own features that it is shown."""
+    book = catalog.names(words.X86_64)
+    rows = [book.feature(name) for name in hidden_x86.PARAVIRTUAL_MSRS]
+    shown = [row.name for row in rows if report.offer.value(row.word) & row.mask]
+    contract = hyperv_contract(report, [*enlightened, *shown], maximum=maximum)
+    held = Applied.of(contract.binary())
+    table = hyperv_x86.beside(kvm.supported_cpuid(), kvm.probe().hyperv or [])
+    indices = [index for name in shown for index in hidden_x86.PARAVIRTUAL_MSRS[name]]
+    with kvm.scratch() as scratch:
+        held.vm(scratch.vm)
+        held.vcpu_init(scratch.vm, scratch.vcpu)
+        if BESIDE and contract.words().get("kvm:enforce-pv-feature-cpuid"):
+            with pytest.raises(NotApplied) as caught:
+                held.vcpu(scratch.vcpu, table)
+            told = caught.value.fields
+            assert (told["word"], told["why"]) == ("kvm:enforce-pv-feature-cpuid", "dropped")
+        else:
+            held.vcpu(scratch.vcpu, table)
+        questions = [guest.Question(guest.ASK_MSR, index) for index in indices]
+        answers = guest.ask(kvm, scratch, guest.CPL0, questions)
+    refused = [
+        hex(index) for index, one in zip(indices, answers, strict=True) if one.outcome != guest.ANSWERED
+    ]
+    assert len(indices) > 5 and not refused
