@@ -39,14 +39,15 @@ class AppliedVm:
 
     `vm` and `vcpu` are their descriptors, `kvm` is the open /dev/kvm, `contract` is what was applied. An arm64 VM has a
     vGIC (v3, else v2), without which its ID registers show none, and where its contract has a PMU the one of the CPUs
-    that this thread may use: `pmu` is its type, -1 where none was chosen.
+    that this thread may use: `pmu` is its type, -1 where none was chosen. `vgic` is the vGIC's descriptor, -1 on x86.
+    Where it is, is the test's to say: once it is initialised, `contract.vgic(vgic)` gives it the contract's revision.
     """
 
     def __init__(self, path: str) -> None:
         """Applies the contract in the file `path`. Raises NoKvm, NotApplied, BadInput, KvmFault."""
         self.contract = Applied.open(path)
         self.kvm = Kvm.open()
-        self.vm = self.vcpu = self._vgic = self.pmu = -1
+        self.vm = self.vcpu = self.vgic = self.pmu = -1
         try:
             self._create()
         except BaseException:
@@ -59,16 +60,16 @@ class AppliedVm:
         self.vcpu = _ioctl("KVM_CREATE_VCPU", self.vm, _CREATE_VCPU, 0)
         self.contract.vcpu_init(self.vm, self.vcpu)
         if ARCHITECTURE == ARM64:
-            self._vgic = _vgic(self.vm)
+            self.vgic = _vgic(self.vm)
             self.pmu = _choose_pmu(self.vcpu)
         self.contract.vcpu(self.vcpu)
 
     def close(self) -> None:
         """The vCPU before its VM; a second time does nothing."""
-        for fd in (self._vgic, self.vcpu, self.vm):
+        for fd in (self.vgic, self.vcpu, self.vm):
             if fd >= 0:
                 os.close(fd)
-        self.vm = self.vcpu = self._vgic = -1
+        self.vm = self.vcpu = self.vgic = -1
         self.kvm.close()
 
     def __enter__(self) -> Self:
