@@ -6,11 +6,10 @@
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "../arm64.h"
 #include "arm64-layout.h"
-#include "deadline.h"
+#include "guest.h"
 
 #define CORE(member) (KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_CORE | KVM_REG_ARM_CORE_REG(regs.member))
 #define X(n) (CORE(regs) + 2 * (uint64_t) (n)) /* core registers are numbered in words of 32 bits */
@@ -41,18 +40,6 @@ struct row {
 static_assert(sizeof(struct row) == ROW_SIZE && offsetof(struct row, code) == ROW_CODE, "layout");
 static_assert(sizeof(struct kvmneg_question) == 128, "layout");
 static_assert(GUEST_ROWS + (KVMNEG_QUESTIONS_MAX + 1) * ROW_SIZE <= GUEST_SIZE, "layout");
-
-/* What one run needs; everything in it is undone by guest_done(). */
-struct guest {
-        int vm_fd, vcpu_fd;
-        uint32_t mode;
-        uint8_t *memory;
-        struct kvm_run *run;
-        size_t run_size;
-        bool slot;
-        struct kvmneg_internal_deadline deadline;
-        struct kvmneg_trace *trace;
-};
 
 /* Word by word: a long copy is SVE's, after which QEMU 7.2's TCG forgets to drop what it has translated of the page
  * when it was another guest's. */
@@ -103,54 +90,14 @@ static int start_at(struct guest *guest, uint32_t row) {
         return set_registers(guest, registers, sizeof(registers) / sizeof(registers[0]));
 }
 
-static int set_slot(struct guest *guest, uint64_t size) {
-        struct kvm_userspace_memory_region region = {
-                .slot = KVMNEG_PROOF_SLOT,
-                .guest_phys_addr = GUEST_BASE,
-                .memory_size = size,
-                .userspace_addr = (uint64_t) (uintptr_t) guest->memory,
-        };
-
-        return ioctl_pointer(guest->vm_fd, KVM_SET_USER_MEMORY_REGION, &region, guest->trace);
-}
-
-static void *map(size_t size, int fd) {
-        int kind = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
-        void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, kind, fd, 0);
-
-        return memory == MAP_FAILED ? NULL : memory;
-}
-
-static int map_guest(int kvm_fd, struct guest *guest, const struct kvmneg_questions *questions) {
-        int r = kvmneg_internal_ioctl(kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0, guest->trace);
+/* The guest in the VM, ready to be started. */
+static int place_guest(int kvm_fd, struct guest *guest, const struct kvmneg_questions *questions) {
+        int r = kvmneg_internal_map_guest(guest, kvm_fd);
 
         if (r < 0)
                 return r;
-        if ((size_t) r < sizeof(struct kvm_run))
-                return -EPROTO;
-        guest->run_size = (size_t) r;
-        guest->run = map(guest->run_size, guest->vcpu_fd);
-        guest->memory = guest->run ? map(GUEST_SIZE, -1) : NULL;
-        if (!guest->memory)
-                return negative_errno();
         fill_memory(guest->memory, questions);
-        r = set_slot(guest, GUEST_SIZE);
-        guest->slot = r >= 0;
-        return r < 0 ? r : 0;
-}
-
-static int guest_done(struct guest *guest, int r) {
-        int undone = kvmneg_internal_disarm(&guest->deadline, guest->trace);
-
-        if (guest->slot) {
-                int gone = set_slot(guest, 0);
-                undone = undone < 0 ? undone : gone;
-        }
-        if (guest->memory)
-                munmap(guest->memory, GUEST_SIZE);
-        if (guest->run)
-                munmap(guest->run, guest->run_size);
-        return r < 0 ? r : undone < 0 ? undone : 0;
+        return kvmneg_internal_plug_guest(guest);
 }
 
 /* Whether the guest left to tell what became of a row. */
@@ -179,16 +126,6 @@ static int take(struct guest *guest, struct kvmneg_question *row) {
         return 0;
 }
 
-/* api.rst 5: what it left for is finished by the next KVM_RUN, which must not begin anything else. */
-static int finish_exit(struct guest *guest) {
-        int r;
-
-        guest->run->immediate_exit = 1;
-        r = kvmneg_internal_ioctl(guest->vcpu_fd, KVM_RUN, 0, NULL); /* EINTR is what it is to fail with */
-        guest->run->immediate_exit = 0;
-        return r < 0 && r != -EINTR && r != -EAGAIN ? r : 0;
-}
-
 /* Row by row: one that ends the run is noted, and the next run begins behind it. */
 static int run_rows(struct guest *guest, struct kvmneg_question *rows, uint32_t count) {
         uint32_t reason = 0;
@@ -206,12 +143,12 @@ static int run_rows(struct guest *guest, struct kvmneg_question *rows, uint32_t 
                 if (started) {
                         r = take(guest, &rows[row]);
                 } else {
-                        r = finish_exit(guest);
+                        r = kvmneg_internal_finish_exit(guest);
                         rows[row].outcome = KVMNEG_OUTCOME_ENDED;
                         rows[row].detail = reason;
                 }
         }
-        return r >= 0 && started ? finish_exit(guest) : r;
+        return r >= 0 && started ? kvmneg_internal_finish_exit(guest) : r;
 }
 
 static int check_questions(const struct kvmneg_questions *questions, uint32_t mode, uint32_t milliseconds) {
@@ -247,7 +184,8 @@ static struct kvmneg_questions *copy(const struct kvmneg_questions *questions) {
 int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t milliseconds,
                      const struct kvmneg_questions *questions, struct kvmneg_questions **ret_answers,
                      struct kvmneg_trace *trace) {
-        struct guest guest = { .vm_fd = vm_fd, .vcpu_fd = vcpu_fd, .mode = mode, .trace = trace };
+        struct guest guest = { .vm_fd = vm_fd, .vcpu_fd = vcpu_fd, .mode = mode, .base = GUEST_BASE, .size = GUEST_SIZE,
+                               .trace = trace };
         struct kvmneg_questions *answers;
         int r = check_questions(questions, mode, milliseconds);
 
@@ -256,12 +194,12 @@ int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t
         answers = copy(questions);
         if (!answers)
                 return -ENOMEM;
-        r = map_guest(kvm_fd, &guest, questions);
+        r = place_guest(kvm_fd, &guest, questions);
         if (r >= 0)
                 r = kvmneg_internal_arm(&guest.deadline, vcpu_fd, milliseconds, trace);
         if (r >= 0)
                 r = run_rows(&guest, answers->entries, answers->count);
-        r = guest_done(&guest, r);
+        r = kvmneg_internal_guest_done(&guest, r);
         if (r < 0) {
                 free(answers);
                 return r;

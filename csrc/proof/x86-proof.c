@@ -5,11 +5,9 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
-#include "../internal.h"
 #include "../kvm-constants.h"
-#include "deadline.h"
+#include "guest.h"
 #include "x86-layout.h"
 #include "x86-machine.h"
 
@@ -25,18 +23,6 @@ static_assert(KVMNEG_ASK_CPUID == ASK_CPUID && KVMNEG_ASK_MSR == ASK_MSR && KVMN
               KVMNEG_ASK_RUN == ASK_RUN, "layout");
 static_assert(KVMNEG_OUTCOME_ANSWERED == OUTCOME_ANSWERED && KVMNEG_OUTCOME_FAULTED == OUTCOME_FAULTED, "layout");
 
-/* What one run needs; everything in it is undone by guest_done(). */
-struct guest {
-        int vm_fd, vcpu_fd;
-        uint32_t mode;
-        uint8_t *memory;
-        struct kvm_run *run;
-        size_t run_size;
-        bool slot;
-        struct kvmneg_internal_deadline deadline;
-        struct kvmneg_trace *trace;
-};
-
 /* XCR0, where the vCPU can have it at all: the guest says what became of it. */
 static int set_xcr0(struct guest *guest, uint64_t value) {
         struct kvm_xcrs xcrs = { .nr_xcrs = 1, .xcrs = { { .xcr = 0, .value = value } } };
@@ -45,70 +31,16 @@ static int set_xcr0(struct guest *guest, uint64_t value) {
         return r < 0 && !kvmneg_internal_absent(r) ? r : 0;
 }
 
-static int set_slot(struct guest *guest, uint64_t size) {
-        struct kvm_userspace_memory_region region = {
-                .slot = KVMNEG_PROOF_SLOT,
-                .memory_size = size,
-                .userspace_addr = (uint64_t) (uintptr_t) guest->memory,
-        };
-
-        return ioctl_pointer(guest->vm_fd, KVM_SET_USER_MEMORY_REGION, &region, guest->trace);
-}
-
-static void *map(size_t size, int fd) {
-        int kind = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
-        void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, kind, fd, 0);
-
-        return memory == MAP_FAILED ? NULL : memory;
-}
-
-static int map_guest(int kvm_fd, struct guest *guest) {
-        int r = kvmneg_internal_ioctl(kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0, guest->trace);
+/* The guest in the VM, ready to be started. */
+static int place_guest(int kvm_fd, struct guest *guest) {
+        int r = kvmneg_internal_map_guest(guest, kvm_fd);
 
         if (r < 0)
                 return r;
-        if ((size_t) r < sizeof(struct kvm_run))
-                return -EPROTO;
-        guest->run_size = (size_t) r;
-        guest->run = map(guest->run_size, guest->vcpu_fd);
-        guest->memory = guest->run ? map(GUEST_SIZE, -1) : NULL;
-        if (!guest->memory)
-                return negative_errno();
         kvmneg_internal_fill_guest(guest->memory);
         /* Intel without "unrestricted guest" needs three pages for real mode (api.rst 4.36); once for each VM. */
         r = kvmneg_internal_ioctl(guest->vm_fd, KVM_SET_TSS_ADDR, TSS_ADDRESS, guest->trace);
-        if (r < 0 && r != -EEXIST)
-                return r;
-        r = set_slot(guest, GUEST_SIZE);
-        guest->slot = r >= 0;
-        return r < 0 ? r : 0;
-}
-
-static int guest_done(struct guest *guest, int r) {
-        int undone = kvmneg_internal_disarm(&guest->deadline, guest->trace);
-
-        if (guest->slot) {
-                int gone = set_slot(guest, 0);
-                undone = undone < 0 ? undone : gone;
-        }
-        if (guest->memory)
-                munmap(guest->memory, GUEST_SIZE);
-        if (guest->run)
-                munmap(guest->run, guest->run_size);
-        return r < 0 ? r : undone < 0 ? undone : 0;
-}
-
-/* Lets the vCPU run until it leaves; KVM's reason, or KVMNEG_EXIT_TIME. Negative: KVM_RUN failed. */
-static int run_once(struct guest *guest, uint32_t *ret_reason) {
-        int r = kvmneg_internal_run(&guest->deadline, guest->run, ret_reason, guest->trace);
-
-        if (r < 0)
-                return r;
-        /* api.rst 5: what it left for is finished by the next KVM_RUN, which must not begin anything else */
-        guest->run->immediate_exit = 1;
-        (void) kvmneg_internal_ioctl(guest->vcpu_fd, KVM_RUN, 0, NULL);
-        guest->run->immediate_exit = 0;
-        return 0;
+        return r < 0 && r != -EEXIST ? r : kvmneg_internal_plug_guest(guest);
 }
 
 static bool said_goodbye(const struct guest *guest, uint32_t reason) {
@@ -133,7 +65,9 @@ static int run_rows(struct guest *guest, struct kvmneg_question *rows, uint32_t 
                 int r = kvmneg_internal_start_guest(guest->vcpu_fd, guest->mode, row, guest->trace);
 
                 if (r >= 0)
-                        r = run_once(guest, &reason);
+                        r = kvmneg_internal_run(&guest->deadline, guest->run, &reason, guest->trace);
+                if (r >= 0)
+                        r = kvmneg_internal_finish_exit(guest);
                 if (r < 0)
                         return r;
                 if (said_goodbye(guest, reason))
@@ -173,7 +107,7 @@ static void copy_in(struct kvmneg_question *rows, const struct kvmneg_questions 
 int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t milliseconds,
                      const struct kvmneg_questions *questions, struct kvmneg_questions **ret_answers,
                      struct kvmneg_trace *trace) {
-        struct guest guest = { .vm_fd = vm_fd, .vcpu_fd = vcpu_fd, .mode = mode, .trace = trace };
+        struct guest guest = { .vm_fd = vm_fd, .vcpu_fd = vcpu_fd, .mode = mode, .size = GUEST_SIZE, .trace = trace };
         struct kvmneg_questions *answers;
         int r = check_questions(questions, mode, milliseconds);
 
@@ -184,7 +118,7 @@ int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t
                 return -ENOMEM;
         answers->count = questions->count;
         answers->xcr0 = questions->xcr0;
-        r = map_guest(kvm_fd, &guest);
+        r = place_guest(kvm_fd, &guest);
         if (r >= 0) {
                 struct kvmneg_question *rows = (struct kvmneg_question *) (void *) (guest.memory + GUEST_ROWS);
 
@@ -196,7 +130,7 @@ int kvmneg_ask_guest(int kvm_fd, int vm_fd, int vcpu_fd, uint32_t mode, uint32_t
                         r = run_rows(&guest, rows, questions->count);
                 memcpy(answers->entries, rows, questions->count * sizeof(rows[0]));
         }
-        r = guest_done(&guest, r);
+        r = kvmneg_internal_guest_done(&guest, r);
         if (r < 0) {
                 free(answers);
                 return r;

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
-    "system.c", "x86.c", "x86-cpuid.c", "x86-state.c", "proof/deadline.c", "proof/x86-machine.c", "proof/x86-proof.c",
-    "proof/x86-guest.S",
+    "system.c", "x86.c", "x86-cpuid.c", "x86-state.c", "proof/deadline.c", "proof/guest.c",
+    "proof/x86-machine.c", "proof/x86-proof.c", "proof/x86-guest.S",
 )  # fmt: skip
 WRAPPED = ("ioctl", "mmap", "munmap", "calloc", "timer_create")
 EXIST = 17
