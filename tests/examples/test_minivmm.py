@@ -8,17 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmneg.client import Client
-from kvmneg.errors import Unreachable
 from kvmneg.features.report import Report
 from kvmneg.policy import grade
 from kvmneg.policy.contract import Contract
+from tests.served import daemon_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,22 +76,8 @@ def minivmm(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[str]:
     """The socket of a kvmnegd of this host."""
-    path = str(tmp_path / "run" / "org.kvmneg")
-    options = ("--socket", path, "--state", str(tmp_path / "state"))
-    process = subprocess.Popen([sys.executable, "-P", "-m", "kvmneg.service.daemon", *options])
-    try:
-        for _ in range(500):
-            assert process.poll() is None
-            try:
-                with Client(path) as client:
-                    client.get_info()
-                break
-            except Unreachable:
-                time.sleep(0.02)
+    with daemon_in(tmp_path) as path:
         yield path
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 def test_installed_for_c(installed: Path) -> None:

@@ -9,8 +9,6 @@ import os
 import re
 import struct
 import subprocess
-import sys
-import time
 import tomllib
 from array import array
 from contextlib import suppress
@@ -22,11 +20,11 @@ from xml.etree import ElementTree
 import pytest
 
 from kvmneg.client import DEFAULT_SOCKET, Client
-from kvmneg.errors import Unreachable
 from kvmneg.features.report import Report
 from kvmneg.policy import grade
 from kvmneg.policy.contract import Contract
 from kvmneg.testing.vm import pmus
+from tests.served import daemon_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -421,22 +419,8 @@ Kvm.open = gone
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[str]:
     """The socket of a kvmnegd that serves the recorded report."""
-    path = str(tmp_path / "run" / "org.kvmneg")
-    options = ("--socket", path, "--state", str(tmp_path / "state"), "--report", str(RECORDED))
-    process = subprocess.Popen([sys.executable, "-P", "-m", "kvmneg.service.daemon", *options])
-    try:
-        for _ in range(500):
-            assert process.poll() is None
-            try:
-                with Client(path) as client:
-                    client.get_info()
-                break
-            except Unreachable:
-                time.sleep(0.02)
+    with daemon_in(tmp_path, "--report", str(RECORDED)) as path:
         yield path
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 HELD = """

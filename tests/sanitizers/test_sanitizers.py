@@ -18,14 +18,12 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmneg.client import Client
-from kvmneg.errors import Unreachable
+from tests.served import daemon_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,22 +116,8 @@ def test_the_extension(built: Path) -> None:
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[str]:
     """The socket of a kvmnegd of this host."""
-    path = str(tmp_path / "run" / "org.kvmneg")
-    options = ("--socket", path, "--state", str(tmp_path / "state"))
-    process = subprocess.Popen([sys.executable, "-P", "-m", "kvmneg.service.daemon", *options])
-    try:
-        for _ in range(500):
-            assert process.poll() is None
-            try:
-                with Client(path) as client:
-                    client.get_info()
-                break
-            except Unreachable:
-                time.sleep(0.02)
+    with daemon_in(tmp_path) as path:
         yield path
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 def minivmm(built: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
