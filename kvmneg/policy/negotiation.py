@@ -164,11 +164,11 @@ def _answer(
     wants = "max" if wanted.maximum else "optional"
     not_granted = [reasons.missing(feature, wants, granted, host, fence, seen=seen) for feature in absent]
     pinned = (fence.generation, fence.digest) if fence else (0, "")
-    contract = Contract(granted, pinned, grade.of(granted, report), **_carried(granted, report, fence))
+    contract = Contract(granted, pinned, grade.of(granted, report), **carried(granted, report, fence))
     return Answer(contract, tuple(reasons.in_order(not_granted)))
 
 
-def _carried(granted: FeatureSet, report: Report, fence: Fence | None) -> dict[str, Any]:
+def carried(granted: FeatureSet, report: Report, fence: Fence | None) -> dict[str, Any]:
     """arm64: the words that this host has, and what becomes of each register when the guest moves."""
     if granted.architecture != words.ARM64:
         return {}

@@ -34,13 +34,16 @@ if TYPE_CHECKING:
 UNKNOWN = "an unknown guest"
 _JUDGED = (
     "judged: what was measured under that combo, feature by feature, against the pinned fence and what each guest "
-    "holds, portable state that they name included"
+    "holds, by its contract or its VM monitor's word, portable state that they name included"
 )
 _UNFENCED = "not judged: guests that start after this answer; no fence is pinned, and the next may hold more"
 _FLOATING = (
     "not judged: guests that start once the level rises; no fence is pinned, and it floats within that combo"
 )
+_NO_VMM = "not judged: any VMM's own refusals; none was named"
 _ELSE = (
+    "not judged: images and snapshots of which nobody said so (`kvmneg vm saved`), a second VM in a process that "
+    "holds a contract",
     "not judged: machine types and device state of another VMM build, ROM sizes, vhost-user and vDPA back ends, "
     "VFIO, live nested guests, whether firmware and microcode can be brought back",
     "not judged: guests on other hosts that may come here later",
@@ -101,17 +104,20 @@ class Answer(NamedTuple):
 class Guests:
     """What guests hold, each distinct set once.
 
-    `registers` are the portable state of arm64 contracts by their digest. Guests of unknown sets are `unknown`.
+    `registers` are the portable state of arm64 contracts by their digest. Guests of unknown sets are `unknown`;
+    `unjudged` are lines of the scope: guests that are left out of all this.
     """
 
-    __slots__ = ("_crowds", "_held", "unknown")
+    __slots__ = ("_crowds", "_held", "unjudged", "unknown")
 
     def __init__(
         self,
         holdings: Iterable[Holding],
         unknown: Sequence[str] = (),
         registers: Mapping[str, tuple[Entry, ...]] | None = None,
+        unjudged: Sequence[str] = (),
     ) -> None:
+        self.unjudged = tuple(unjudged)
         strangers: list[str] = []
         by_set: dict[tuple[str, FeatureSet], list[str]] = {}
         for holding in holdings:
@@ -199,7 +205,7 @@ def judge(
         guests.unknown,
         "",
         None,
-        scope([report], fence, floor),
+        scope([report], fence, floor, vmm=vmm, unjudged=guests.unjudged),
     )
 
 
@@ -264,8 +270,15 @@ def _distance(differs: Sequence[Dimension]) -> tuple[bool, int]:
     return any(one.name == "kernel" for one in differs), len(differs)
 
 
-def scope(reports: Sequence[Report], fence: Fence | None, floor: Fence | None = None) -> tuple[str, ...]:
-    """What a yes on these combos is about, and what it is not about."""
+def scope(
+    reports: Sequence[Report],
+    fence: Fence | None,
+    floor: Fence | None = None,
+    *,
+    vmm: str | None = None,
+    unjudged: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """What a yes on these combos is about, and what it is not about; `unjudged` are Guests'."""
     lines = [_JUDGED if fence else _JUDGED.replace("the pinned fence and ", ""), *unmeasured(reports)]
     if fence is None:
         within = floor is not None and not any(below(report, floor) for report in reports)
@@ -275,7 +288,7 @@ def scope(reports: Sequence[Report], fence: Fence | None, floor: Fence | None = 
         for report in reports
         if report.architecture == words.ARM64 and not report.registers
     ]
-    return (*lines, *_ELSE)
+    return (*lines, *([] if vmm else [_NO_VMM]), *unjudged, *_ELSE)
 
 
 class Line(NamedTuple):

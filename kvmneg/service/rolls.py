@@ -160,7 +160,9 @@ class Rolls:
         reports = [(row.digest, self._load(row)) for _, row in members]
         lines = roll.survey(reports, fence, guests)
         rows = [Standing(*member, line) for member, line in zip(members, lines, strict=True)]
-        return rows, roll.scope([report for _, report in reports], fence, self._node.floor)
+        return rows, roll.scope(
+            [report for _, report in reports], fence, self._node.floor, unjudged=guests.unjudged
+        )
 
     def _moved(self, changed: bool) -> None:
         """The ceiling is another one: a level that floats goes with it, and kept replies rest on it."""
@@ -224,7 +226,7 @@ class Rolls:
 
         holdings = levels.holdings(self._node)
         registers = self._registers(holdings) if self._node.report.architecture == words.ARM64 else {}
-        return roll.Guests(holdings, registers=registers)
+        return roll.Guests(holdings, registers=registers, unjudged=levels.unjudged(self._node))
 
     def _registers(self, holdings: list[Holding]) -> dict[str, tuple[Entry, ...]]:
         """What becomes of each register, by the digest of each contract that is held."""

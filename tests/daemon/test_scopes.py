@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a yes must not leave out: guests that were taken on or waived, reports of a part, words of a VM's monitor."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvmneg.errors import Blocked, GuestsAbove
+from kvmneg.features.featureset import fits
+from kvmneg.host.guests import Process
+from kvmneg.policy import rates, roll
+from kvmneg.policy.combos import Asked
+from kvmneg.policy.request import Request
+from kvmneg.service import guests, interfaces_rolls, levels, moves, rolls
+from kvmneg.service.unknown import Unknown
+from kvmneg.store.interface import Audit
+
+if TYPE_CHECKING:
+    from .conftest import Host
+    from kvmneg.service.node import Node
+
+AUDIT = Audit(0, 1, "2026-11-21T06:00:00Z", "a test", "kvmneg")
+
+
+def vm() -> str:
+    return str(uuid.uuid4())
+
+
+def caller(uid: int, pid: int = 1) -> Any:
+    return SimpleNamespace(peer=SimpleNamespace(uid=uid, pid=pid, groups=frozenset()), fd=-1)
+
+
+class Strangers:
+    """Stands in for VMs that nobody negotiated for; the recorded host counts as measured here then."""
+
+    def __init__(self, node: Node, *found: Unknown) -> None:
+        self.found = list(found)
+        node._unknown = self  # type: ignore[assignment]
+        node.report.measured["source"] = "kvm"
+
+    def all(self) -> list[Unknown]:
+        return self.found
+
+    def blocking(self) -> list[Unknown]:
+        return [one for one in self.found if not one.waived]
+
+    def missed(self) -> str:
+        return ""
+
+
+def stranger(pid: int, waived: str = "", **called: str) -> Unknown:
+    return Unknown(Process(pid, 1000, 1, 54321, "qemu"), waived, called)
+
+
+def test_a_guest_that_is_taken_on_may_have_all_of_the_host(node: Node) -> None:
+    """Hyper-V's leaves and what else is given by name only: nobody knows that it has none of them."""
+    Strangers(node, Unknown(Process(os.getpid(), 1000, 1, os.getuid(), "qemu"), "", {}))
+    call, name = guests.handlers(node)["org.kvmneg.Guests.Import"], vm()
+    call(caller(os.getuid()), {"pid": os.getpid(), "vm": name, "reason": "ours"})
+    (holding,) = node.leases.holdings()
+    assert holding.granted is not None and holding.vm == name
+    more = fits(node.report.accept, holding.granted)
+    assert [one.feature for one in more if one.word != rates.WORD] == []
+    assert holding.granted.value("hyperv:0x40000003.0.eax")
+    assert roll.Guests([holding]).blocking(node.report) == ()  # it runs there
+
+
+def test_a_waived_guest_is_named_in_the_scope(node: Node) -> None:
+    Strangers(node, stranger(4711, "a test machine"))
+    check = interfaces_rolls.handlers(node)["org.kvmneg.Rollback.Check"]
+    answer = check(caller(0), {"combo": "running"})
+    assert answer["allowed"]
+    assert any("4711" in line and line.startswith("not judged") for line in answer["scope"])
+
+
+def test_a_yes_without_a_vmm_says_so(node: Node) -> None:
+    check = interfaces_rolls.handlers(node)["org.kvmneg.Rollback.Check"]
+    line = "not judged: any VMM's own refusals; none was named"
+    assert line in check(caller(0), {"combo": "running"})["scope"]
+    assert line not in check(caller(0), {"combo": "running", "vmm": "qemu"})["scope"]
+
+
+def test_what_an_unknown_guest_calls_itself_overrides_nothing(node: Node) -> None:
+    """Its command line is its own: it may claim the UUID that an admin passes over."""
+    moves.pin(node, "host", None, None, AUDIT)
+    known = vm()
+    asker = caller(0)
+    node.begin(node.negotiate(Request(maximum=True), asker.peer).contract.digest, known, asker)
+    moves.lower(node, moves.Asked(without=("avx2",)), None, AUDIT)
+    Strangers(node, stranger(4711, uuid=known))
+    with pytest.raises(GuestsAbove) as caught:
+        moves.commit(node, None, AUDIT, override=(known,))
+    assert [row["vm"] for row in caught.value.fields["guests"]] == ["pid 4711"]
+
+
+def test_a_combo_to_return_to_that_was_measured_in_part_holds_a_raise(node: Node, host: Host) -> None:
+    """Its newest report counts; one over some of the CPUs says nothing of the others."""
+    old = host.document
+    host.lose("cpuid:0x7.0.ebx", 1 << 5)  # avx2
+    host.change("combo", "kernel", "5.10.0")
+    node.measure()
+    weak = host.document
+    moves.pin(node, "level:x86-64-v2", None, None, AUDIT)
+    rolls.Rolls(node).add("running", AUDIT)
+    # the same combo again, but only where avx2 is
+    host.document = {**weak, "offer": old["offer"]}
+    host.document["combo"] = {**weak["combo"], "unvisited": [{"cpus": "4-7", "because": "no affinity"}]}
+    host.moved = True
+    node.measure()
+    host.document = old
+    node.measure()
+    moves.raise_(node, moves.Asked("host"), None, AUDIT)
+    with pytest.raises(Blocked) as caught:
+        moves.commit(node, None, AUDIT)
+    assert {one.feature for one in caught.value.blockers} == {"avx2"}
