@@ -26,7 +26,7 @@ BEGUN, RUNNING, UNKNOWN, SUSPENDED, SAVED = "begun", "running", "unknown", "susp
 class Holding(NamedTuple):
     """One guest, or one contract that is outstanding.
 
-    `vm` is its UUID (or the name it is known by), `digest` its contract's, "" where it has none, `granted` what it
+    `vm` is its UUID ("pid N" of a process with a VM of which nobody knows it), `digest` its contract's, "" where it has none, `granted` what it
     holds, None where nobody knows; `state` one of the above; `uid` the owner's.
     """
 
@@ -86,16 +86,29 @@ def exceeding(granted: FeatureSet, level: FeatureSet, where: str) -> tuple[Block
 def require_none_above(
     holdings: Iterable[Holding], level: FeatureSet, override: Collection[str] = ()
 ) -> list[str]:
-    """The guests above a level that `override` names, sorted. Raises GuestsAbove where it does not name all."""
-    found = above(holdings, level)
-    unnamed = [one for one in found if one.holding.vm not in override]
+    """The guests above a level that `override` names, sorted. Raises GuestsAbove where it does not name all.
+
+    A guest's name is its UUID, UUID/UID where several users have one of it: any user may choose another's.
+    """
+    high = above(holdings, level)
+    found = list(zip(high, _names(high), strict=True))
+    given = {name.lower() for name in override}
+    unnamed = [(one, name) for one, name in found if name.lower() not in given]
     if unnamed:
-        named = ", ".join(one.holding.vm for one in unnamed[:8])
+        named = ", ".join(name for _, name in unnamed[:8])
         more = f" and {len(unnamed) - 8} more" if len(unnamed) > 8 else ""
         raise GuestsAbove(
             f"guests hold more than that: {named}{more}",
             hint="they keep it until they are cold-booted, moved away, or named to be passed over",
-            guests=[one.to_json() for one in unnamed[: limits.GUESTS_NAMED]],
+            guests=[one.to_json() for one, _ in unnamed[: limits.GUESTS_NAMED]],
             count=len(unnamed),
         )
-    return sorted({one.holding.vm for one in found})
+    return sorted(name for _, name in found)
+
+
+def _names(found: Iterable[Above]) -> list[str]:
+    holdings = [one.holding for one in found]
+    users: dict[str, set[int]] = {}
+    for one in holdings:
+        users.setdefault(one.vm, set()).add(one.uid)
+    return [f"{one.vm}/{one.uid}" if len(users[one.vm]) > 1 else one.vm for one in holdings]

@@ -128,8 +128,9 @@ def holdings(node: Node) -> list[Holding]:
     report = node.last_report
     if report is None or report.measured.get("source") != "kvm":
         return node.leases.holdings()
+    # not by the UUID on its command line, which is any process's to choose: a guest that is passed over has one too
     unknown = [
-        Holding(one.called.get("uuid") or f"pid {one.process.pid}", "", None, leases.UNKNOWN, one.process.uid)
+        Holding(f"pid {one.process.pid}", "", None, leases.UNKNOWN, one.process.uid)
         for one in node.unknown.blocking()
     ]
     unseen = [Holding(UNSEEN, "", None, leases.UNKNOWN, 0)] if node.unknown.missed() else []

@@ -335,7 +335,7 @@ def test_guests_that_never_asked_stop_a_lowering(
     """On a host that was measured here: those of a recorded report are not this machine's."""
     process = SimpleNamespace(pid=77, uid=5)
     found = [
-        SimpleNamespace(process=process, called={"uuid": VM}),
+        SimpleNamespace(process=SimpleNamespace(pid=76, uid=5), called={"uuid": VM}),
         SimpleNamespace(process=process, called={}),
     ]
     unknown = SimpleNamespace(blocking=lambda: found, missed=lambda: "some could not be looked into")
@@ -346,9 +346,9 @@ def test_guests_that_never_asked_stop_a_lowering(
     host.change("measured", "source", "kvm")
     with pytest.raises(GuestsAbove) as caught:
         moves.commit(node, None, AUDIT)
-    assert [row["vm"] for row in caught.value.fields["guests"]] == [VM, "pid 77", "unseen"]
+    assert [row["vm"] for row in caught.value.fields["guests"]] == ["pid 76", "pid 77", "unseen"]
     assert not any(row["known"] for row in caught.value.fields["guests"])
-    assert moves.commit(node, None, AUDIT, override=(VM, "pid 77", "unseen"))["state"] == "pinned"
+    assert moves.commit(node, None, AUDIT, override=("pid 76", "pid 77", "unseen"))["state"] == "pinned"
 
 
 def test_a_saved_guest_is_in_the_way(node: Node) -> None:

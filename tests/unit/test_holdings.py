@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from kvmneg.errors import GuestsAbove
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.words import X86_64
-from kvmneg.policy.leases import Holding, above
+from kvmneg.policy.leases import Holding, above, require_none_above
 
 _WORD = "cpuid:0x7.0.ebx"
 _FSGSBASE, _BMI1, _SMEP = 1 << 0, 1 << 3, 1 << 7
@@ -52,3 +55,13 @@ def test_a_guest_that_was_not_told_of_a_risk_is_above_a_level_that_tells() -> No
     told, untold = (FeatureSet.of(X86_64, {_WORD: bits}) for bits in (_BMI1 | 1 << 6, _BMI1))
     assert above([_holding("a", told)], untold) == []  # fdp-excptn-only
     assert [one.holding.vm for one in above([_holding("a", untold)], told)] == ["a"]
+
+
+def test_a_uuid_of_two_users_names_neither() -> None:
+    """Any user may take another's UUID: who is passed over by it is not who was meant."""
+    level, high = _set(0), _set(_SMEP)
+    both = [_holding("a", high), _holding("a", high)._replace(uid=8), _holding("B", high)]
+    assert require_none_above(both[::2], level, ["A", "b"]) == ["B", "a"]
+    with pytest.raises(GuestsAbove, match="a/7, a/8"):
+        require_none_above(both, level, ["a", "b"])
+    assert require_none_above(both, level, ["a/7", "a/8", "b"]) == ["B", "a/7", "a/8"]
