@@ -95,11 +95,12 @@ class FenceCalls:
         *,
         consent: Sequence[str] = (),
         override: Sequence[str] = (),
+        digest: str | None = None,
         expected_generation: int | None = None,
         dry_run: bool = False,
     ) -> dict[str, Any]:
-        """Bring the proposal to its end. Raises WrongState, HostsMissing, Blocked, GuestsAbove."""
-        lists = given(consent=list(consent) or None, override=list(override) or None)
+        """Bring the proposal (of that digest) to its end. Raises WrongState, HostsMissing, Blocked, GuestsAbove."""
+        lists = given(consent=list(consent) or None, override=list(override) or None, digest=digest)
         wanted = {**lists, **_move(reason, expected_generation, dry_run)}
         return self.call("org.kvmneg.Fence.Commit", wanted)
 

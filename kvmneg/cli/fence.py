@@ -84,6 +84,7 @@ def _options_of(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument(
             "--override", metavar="VM", action="append", help="a guest above that may stay there"
         )
+        verb.add_argument("--digest", metavar="DIGEST", type=utf8, help="only if this is what is proposed")
     if name == "show":
         verb.add_argument("--absent", action="store_true", help="name every absent feature, by who lacks it")
     if name == "history":

@@ -65,7 +65,8 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
         "dryRun": arguments.dry_run or None,
     }
     if arguments.verb == "commit":
-        return {**given, "consent": arguments.consent, "override": arguments.override}
+        named = {"consent": arguments.consent, "override": arguments.override}
+        return {**given, **named, "digest": arguments.digest}
     return {**given, **_asked(arguments)}
 
 

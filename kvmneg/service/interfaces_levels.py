@@ -70,6 +70,7 @@ def _commit(node: Node, audit: Audit, given: dict[str, Any]) -> dict[str, Any]:
         audit,
         consent=_few(given, "consent", "CONSENTS", limits.CONSENTS),
         override=_few(given, "override", "OVERRIDES", limits.OVERRIDES),
+        digest=given.get("digest"),
         dry_run=_dry_run(given),
     )
 

@@ -161,13 +161,20 @@ def commit(
     *,
     consent: tuple[str, ...] = (),
     override: tuple[str, ...] = (),
+    digest: str | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Bring the proposal to its end: the host is measured for it, whatever was known."""
+    """Bring the proposal (of this digest, where one is given) to its end: the host is measured for it anew."""
     _expect(node, expected)
     node.measure()
     coverage.require(node.report)
     level = levels.level(node)
+    if digest is not None and level.proposal is not None and level.proposal.fence.digest != digest:
+        raise WrongState(
+            f"what is proposed is {level.proposal.fence.digest}, not {digest}",
+            hint="somebody proposed another fence meanwhile: look at it again",
+            state=level.state,
+        )
     found = levels.holdings(node)
     step = fence.commit(level, found, consent=consent, override=override)
     after = step.level.fence

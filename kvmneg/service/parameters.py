@@ -72,7 +72,7 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
         "Raise": {"from": "?string", "text": "?string", **_MOVE},
         "Lower": {**_LEVEL, **_MOVE},
         "Emergency": {**_LEVEL, **_MOVE},
-        "Commit": {"consent": "?[]string", "override": "?[]string", **_MOVE},
+        "Commit": {"consent": "?[]string", "override": "?[]string", "digest": "?string", **_MOVE},
         "Abort": _MOVE,
         "Progress": {},
         "Audit": {"limit": "?int", "before": "?int"},

@@ -99,6 +99,20 @@ def test_a_raise_from_its_plan_to_its_commit(daemon: Daemon) -> None:
     assert audit(daemon) == [("pin", 1), ("raise-propose", 1), ("raise-commit", 2)]
 
 
+def test_what_was_looked_at_is_committed(daemon: Daemon) -> None:
+    """The generation does not tell two proposals of a raise apart."""
+    with daemon.client() as client:
+        client.fence_pin("low", source="level:x86-64-v1")
+        seen = client.fence_raise("a little", source="level:x86-64-v2")
+        client.fence_abort("of another admin")
+        other = client.fence_raise("all of it, of another admin", source="host")
+        assert other["generation"] == seen["generation"]
+        with pytest.raises(WrongState, match="what is proposed"):
+            client.fence_commit("a little", digest=seen["plan"]["digest"], expected_generation=1)
+        assert client.fence_get()["state"] == "raising"
+        assert client.fence_commit("all", digest=other["plan"]["digest"])["generation"] == 2
+
+
 def test_a_lowering_waits_for_the_guest_above(daemon: Daemon) -> None:
     with daemon.client() as client:
         client.fence_pin("all", source="host")
