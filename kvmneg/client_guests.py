@@ -17,8 +17,13 @@ class GuestCalls:
         def call(self, method: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]: ...
 
     def guests_list(self) -> dict[str, Any]:
-        """guests, unknown, missed."""
-        return self.call("org.kvmneg.Guests.List")
+        """guests, unknown, missed, others: those of this user, of all for admins; the others are counted."""
+        found = self.call("org.kvmneg.Guests.List")
+        while (after := found.pop("next", None)) is not None:
+            more = self.call("org.kvmneg.Guests.List", {"after": after})
+            found["guests"] += more["guests"]  # as unknown ones are all in the first reply
+            found["next"] = more.get("next")
+        return found
 
     def guests_get(self, vm: str) -> dict[str, Any]:
         """guest, contract, holds. Raises UsageError where it holds no contract, NotPermitted."""
@@ -51,7 +56,7 @@ class GuestCalls:
         hold: bool | None = None,
         pid: int | None = None,
     ) -> dict[str, Any]:
-        """As begin(): a VM comes from another host with its contract, as JSON or in its binary form.
+        """As begin(), and above: a VM comes from another host with its contract, as JSON or in its binary form.
 
         Raises Blocked, BadInput, UsageError.
         """

@@ -74,8 +74,10 @@ COMBOS_SEARCHED = 100_000  # combos of one host among which an asked one is look
 ROLLBACK_COMBOS = 64  # combos that an admin wants to be able to return to
 ROLLBACK_DIMENSIONS = 64  # dimensions of a combo that one question names
 ROLLBACK_SETS = 64  # distinct sets of guests whose reasons one answer tells; the others' guests are named
+ROLLBACK_REASON_BYTES = 1024 * 1024  # of reasons of guests in one answer; the rest are left out
 
 # guests
+SETS_KEPT = 1024  # distinct sets of guests that the daemon keeps read; others are read again
 UEVENT_BYTES = 8 * 1024  # the kernel's own limit is 2 KiB of variables (UEVENT_BUFFER_SIZE)
 UEVENTS_PER_TURN = 64  # read in one turn of the loop
 LOOK_SLICE_SECONDS = 0.005  # of looking for VMs through /proc, in one turn of the loop

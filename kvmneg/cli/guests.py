@@ -46,10 +46,14 @@ def options(parser: Parser) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    answer = sources.call(arguments, "org.kvmneg.Guests.List")
+    from kvmneg.client import Client
+
+    with Client(arguments.socket) as client:
+        answer = client.guests_list()
     if arguments.json:
         guests = [sources.snake(one) for one in answer["guests"]]
-        print_json({"guests": guests, "unknown": answer["unknown"], "missed": answer.get("missed")})
+        others = {"missed": answer.get("missed"), "others": answer["others"]}
+        print_json({"guests": guests, "unknown": answer["unknown"], **others})
         return 0
     screen = Screen()
     guests, unknown = answer["guests"], answer["unknown"]
@@ -61,6 +65,8 @@ def _list(arguments: argparse.Namespace) -> int:
         if any(not one.get("waived") for one in unknown):
             text = "They stand in the way of a roll-back: `kvmneg guests import` or `waive`, or end them."
             screen.paragraph(text, indent=2)
+    if answer["others"]:
+        screen.paragraph(f"{answer['others']} of other users, which an admin sees.")
     if answer.get("missed"):
         screen.paragraph(f"There may be others: {answer['missed']}.", style="warn")
     return 0

@@ -90,21 +90,12 @@ def _is_uuid(text: str) -> bool:
 
 def _running(arguments: argparse.Namespace, vm: str) -> tuple[FeatureSet, tuple[Entry, ...]]:
     """What a VM here holds: the set that its VMM reported, until then its contract's."""
-    from kvmneg.errors import UsageError
+    from kvmneg.policy import images
+    from kvmneg.policy.contract import Contract
 
-    guests = sources.call(arguments, "org.kvmneg.Guests.List")["guests"]
-    guest = next((one for one in guests if one["vm"] == vm.lower()), None)
-    if guest is None:
-        raise UsageError(f"VM {vm} holds no contract here", hint="`kvmneg guests` lists those that do")
-    contract = sources.contract_of_digest(arguments, guest["digest"])[0]
-    if not guest["reported"]:
-        return contract.granted, contract.portable
-    from kvmneg.features import words
-    from kvmneg.features.featureset import FeatureSet
-
-    holds = sources.call(arguments, "org.kvmneg.Guests.Get", vm=vm)["holds"]
-    values = {word: words.parse_value(word, text) for word, text in holds.items()}
-    return FeatureSet.of(contract.architecture, values), contract.portable
+    found = sources.call(arguments, "org.kvmneg.Guests.Get", vm=vm)
+    contract = Contract.from_json(found["contract"], file="the daemon's contract")
+    return images.reported(contract.architecture, found["holds"]), contract.portable
 
 
 def _target(arguments: argparse.Namespace) -> tuple[Report, Fence | None]:

@@ -125,6 +125,11 @@ def _receive(arguments: argparse.Namespace) -> int:
     screen = Screen()
     screen.line(f"received: VM {arguments.vm} holds {answer['digest']}")
     screen.words("file", [str(answer["path"])])
+    if answer["above"]:
+        from kvmneg.features.difference import Blocker
+
+        screen.head("an island: beyond the level of this host, and in the way of a lowering")
+        screen.blockers([Blocker.from_json(row) for row in answer["above"]], label="more")
     return 0
 
 

@@ -26,8 +26,8 @@ BEGUN, RUNNING, UNKNOWN, SUSPENDED, SAVED = "begun", "running", "unknown", "susp
 class Holding(NamedTuple):
     """One guest, or one contract that is outstanding.
 
-    `vm` is its UUID ("pid N" of a process with a VM of which nobody knows it), `digest` its contract's, "" where it has none, `granted` what it
-    holds, None where nobody knows; `state` one of the above; `uid` the owner's.
+    `vm` is its UUID ("pid N" of a process with a VM of which nobody knows it), `digest` its contract's, "" where it has
+    none, `granted` what it holds, None where nobody knows; `state` one of the above; `uid` the owner's.
     """
 
     vm: str

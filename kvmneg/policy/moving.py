@@ -78,6 +78,23 @@ def judge(
     return Move(blockers, above, level, _scope(there, vmm))
 
 
+def comes_back(
+    granted: FeatureSet, here: Report, *, portable: tuple[Entry, ...] = (), vmm: str | None = None
+) -> tuple[Blocker, ...]:
+    """Why a saved guest may not be restored here, with what it holds; where no VMM is named, by any.
+
+    What VMMs give by themselves is in a guest's set, and no KVM offers it: one that accepts all of it is enough.
+    """
+    from kvmneg.policy import definitions
+
+    blockers = negotiation.accepts(granted, here, vmm, portable=portable)
+    if vmm is None and blockers:
+        for one in definitions.available("vmms"):
+            if not negotiation.accepts(granted, here, one, portable=portable):
+                return ()
+    return blockers
+
+
 def _scope(there: Report, vmm: str | None) -> tuple[str, ...]:
     judged = _JUDGED.format(there=there.host) + (_BY.format(vmm=vmm) if vmm else "")
     lines = [judged, *([] if vmm else [_NO_VMM]), *unmeasured((there,))]

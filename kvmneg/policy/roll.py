@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvmneg import limits
 from kvmneg.features import words
 from kvmneg.features.crowd import Crowd
 from kvmneg.features.difference import Blocker
@@ -133,9 +134,16 @@ class Guests:
         self._crowds: dict[str, Crowd] = {}
 
     def blocking(self, report: Report, vmm: str | None = None) -> tuple[Held, ...]:
-        """The guests that the host of this report does not accept, with the reasons."""
-        found = []
+        """The guests that the host of this report does not accept: the first ROLLBACK_SETS sets with their reasons.
+
+        Monitors say what their guests have, and each may say something else: reasons take long, a crowd does not.
+        """
+        found: list[Held] = []
+        sure = self._crowded(report, vmm)
         for digest, granted, registers, vms in self._suspects(report, vmm):
+            if sure and len(found) >= limits.ROLLBACK_SETS:
+                found.append(Held(digest, tuple(vms), ()))
+                continue
             blockers = negotiation.accepts(granted, report, vmm, portable=registers)
             if blockers:
                 found.append(Held(digest, tuple(vms), blockers))
@@ -147,11 +155,15 @@ class Guests:
             return len(self.unknown) + sum(len(held.vms) for held in self.blocking(report))
         return len(self.unknown) + sum(len(vms) for *_, vms in self._suspects(report, None))
 
+    def _crowded(self, report: Report, vmm: str | None) -> bool:
+        """Whether all guests are judged at once."""
+        return not (vmm is not None or report.architecture == words.ARM64 or coverage.unvisited(report))
+
     def _suspects(
         self, report: Report, vmm: str | None
     ) -> list[tuple[str, FeatureSet, tuple[Entry, ...], list[str]]]:
         """Those that may be blocked. On x86 without a VMM, which adds rules of its own, they are."""
-        if vmm is not None or report.architecture == words.ARM64 or coverage.unvisited(report):
+        if not self._crowded(report, vmm):
             return self._held
         crowd = self._crowds.get(report.architecture)
         if crowd is None:

@@ -25,6 +25,4 @@ def contract(report: Report) -> Contract:
     there = report.accepting()
     found = {word: value for word, value in there.offer.words.items() if word != rates.WORD}
     granted = FeatureSet.of(report.architecture, found)
-    return Contract(
-        granted, (0, ""), grade.of(granted, report), **negotiation.carried(granted, there, None)
-    )
+    return Contract(granted, (0, ""), grade.of(granted, report), **negotiation.carried(granted, there, None))

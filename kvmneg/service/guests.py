@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from functools import partial
 
+from kvmneg import limits
 from kvmneg.errors import BadInput, Blocked, UsageError
 from kvmneg.policy import negotiation
+from kvmneg.service.authorization import is_admin
 from kvmneg.service.interfaces import granted
 from kvmneg.service.node import uuid
 
@@ -43,10 +45,24 @@ def _lease(node: Node, connection: Connection, given: dict[str, Any]) -> Lease:
 
 
 def _list(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
+    from kvmneg.service.interfaces import that_fit
+
+    peer, room = connection.peer, limits.REPLY_BYTES // 2 - 1024
+    sees = None if is_admin(peer) else peer.uid
+    after = given.get("after", 0)
+    guests = [one for one in node.leases.to_json() if one["incarnation"] > after]
+    unknown = [one.to_json() for one in node.unknown.all()]
+    mine = [[one for one in rows if sees in (None, one["uid"])] for rows in (guests, unknown)]
+    shown, strangers = (that_fit(rows, room) for rows in mine)
+    missed = node.unknown.missed()
+    if len(strangers) < len(mine[1]):
+        missed = f"{len(mine[1]) - len(strangers)} more than one reply has room for"
     return {
-        "guests": node.leases.to_json(),
-        "unknown": [one.to_json() for one in node.unknown.all()],
-        "missed": node.unknown.missed() or None,
+        "guests": shown,
+        "unknown": strangers,
+        "missed": missed or None,
+        "others": len(guests) + len(unknown) - len(mine[0]) - len(mine[1]),
+        "next": shown[-1]["incarnation"] if len(shown) < len(mine[0]) else None,
     }
 
 
@@ -82,21 +98,43 @@ def _hand_over(node: Node, connection: Connection, given: dict[str, Any]) -> dic
     holder = node.leases.holder(connection, given.get("hold"), given.get("pid"))
     if holder is None:
         raise UsageError("a handover needs who is to keep the lease", hint="give hold or pid")
+    if lease.state == "saved":
+        _require_restorable(node, lease)
     node.leases.hand_over(lease, connection, holder)
     return {"incarnation": lease.incarnation}
 
 
+def _require_restorable(node: Node, lease: Lease, vmm: str | None = None) -> None:
+    """A host changes while a guest lies in its image: another boot, another kernel. Raises Blocked."""
+    from kvmneg.policy import moving
+    from kvmneg.policy.contract import Contract
+
+    node.refresh(fresh=True)
+    body = node.store.leases.contract(lease.digest) or b""
+    contract = Contract.from_binary(body, file=lease.digest)
+    held = node.leases.held_set(lease)
+    blockers = moving.comes_back(held, node.report, portable=contract.portable, vmm=vmm)
+    if blockers:
+        raise Blocked(f"host {node.report.host} cannot restore VM {lease.vm}", blockers)
+
+
 def _receive(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
     holder = node.leases.holder(connection, given.get("hold"), given.get("pid"))
-    contract = _incoming(given)
-    held = node.leases.held(uuid(given["vm"]), contract.digest.removeprefix("sha256:"), connection, holder)
-    if held is None:  # else a migration inside this host, or asked twice
+    contract, vmm = _incoming(given), given.get("vmm")
+    held = node.leases.held(uuid(given["vm"]), contract.digest.removeprefix("sha256:"), connection.peer)
+    if held is None:
         node.refresh(fresh=True)
-        blockers = negotiation.check(contract, node.report, given.get("vmm"))
+        blockers = negotiation.check(contract, node.report, vmm)
         if blockers:
             raise Blocked(f"host {node.report.host} cannot take this guest", blockers)
-        held = node.leases.begin(contract, uuid(given["vm"]), node.generation, connection, holder=holder)
-    return granted(*held)
+        lease, path = node.leases.begin(
+            contract, uuid(given["vm"]), node.generation, connection, holder=holder
+        )
+    else:  # a migration inside this host, or asked twice
+        if held.state == "saved":
+            _require_restorable(node, held, vmm)
+        lease, path = node.leases.again(held, connection, holder)
+    return {**granted(lease, path), "above": _above(contract, node)}
 
 
 def _incoming(given: dict[str, Any]) -> Contract:
@@ -116,6 +154,17 @@ def _incoming(given: dict[str, Any]) -> Contract:
     except ValueError as error:
         raise BadInput(f"the contract's binary form is no Base64: {error}") from None
     return Contract.from_binary(data, file="the contract that came")
+
+
+def _above(contract: Contract, node: Node) -> list[dict[str, Any]]:
+    """What a guest that came has beyond the level here: it is an island, and holds a lowering up."""
+    from kvmneg.policy import leases
+
+    bound = None if node.unreadable else node.bound
+    if bound is None or contract.granted.architecture != bound.granted.architecture:
+        return []
+    found = leases.exceeding(contract.granted, bound.granted, bound.name)
+    return [blocker.to_varlink() for blocker in found]
 
 
 def _contract(document: dict[str, Any]) -> Contract:

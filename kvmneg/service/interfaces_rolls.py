@@ -9,6 +9,7 @@ from kvmneg.policy.combos import Asked
 from kvmneg.service.authorization import is_admin
 from kvmneg.service.interfaces import audit as audit_of
 from kvmneg.service.interfaces import that_fit
+from kvmneg.service.message import reply
 from kvmneg.service.rolls import Rolls
 
 TYPE_CHECKING = False
@@ -164,12 +165,17 @@ def _dimensions(rows: Iterable[Dimension]) -> list[dict[str, Any]]:
 
 
 def _held(guests: tuple[Held, ...], own: set[str] | None) -> list[dict[str, Any]]:
-    return [
-        {
-            "digest": held.digest or None,
-            "count": len(held.vms),
-            "vms": [vm for vm in held.vms if own is None or vm in own],
-            "blockers": [one.to_varlink() for one in held.blockers] if place < limits.ROLLBACK_SETS else [],
-        }
-        for place, held in enumerate(guests)
-    ]
+    rows, room = [], limits.ROLLBACK_REASON_BYTES
+    for place, held in enumerate(guests):
+        reasons = [one.to_varlink() for one in held.blockers] if place < limits.ROLLBACK_SETS else []
+        told = that_fit(reasons, room)
+        room -= sum(len(reply(reason)) for reason in told)
+        rows.append(
+            {
+                "digest": held.digest or None,
+                "count": len(held.vms),
+                "vms": [vm for vm in held.vms if own is None or vm in own],
+                "blockers": told,
+            }
+        )
+    return rows

@@ -108,16 +108,16 @@ class Leases:
             return self.keepers.of_connection(connection)
         return self.keepers.of_process(pid, connection.peer) if pid is not None else None
 
-    def held(
-        self, vm: str, digits: str, connection: Connection, holder: Holder | None
-    ) -> tuple[Lease, str] | None:
-        """The lease of this user's VM where it holds that contract already, and its file: Begin asked twice."""
-        for lease in self.records.of(vm):
-            if lease.uid == connection.peer.uid and lease.digest == digits:
-                if holder is not None:
-                    self._add_holder(lease, holder, connection)
-                return lease, self.files.write(digits, self.records.contract(digits) or b"")
-        return None
+    def held(self, vm: str, digits: str, peer: Peer) -> Lease | None:
+        """The lease of this user's VM where it holds that contract already."""
+        found = (one for one in self.records.of(vm) if one.uid == peer.uid and one.digest == digits)
+        return next(found, None)
+
+    def again(self, lease: Lease, connection: Connection, holder: Holder | None) -> tuple[Lease, str]:
+        """What `begin` gave already, and its file: it was asked twice. With one more holder."""
+        if holder is not None:
+            self._add_holder(lease, holder, connection)
+        return lease, self.files.write(lease.digest, self.records.contract(lease.digest) or b"")
 
     def begin(
         self,
@@ -188,8 +188,8 @@ class Leases:
         digest = applied.digest().removeprefix("sha256:")
         body = {"architecture": applied.architecture, "words": applied.to_json()}
         self.records.report(lease, digest, json.dumps(body, sort_keys=True).encode())
-        self._known[digest] = applied
-        return fits(applied, self._granted(lease.digest), missing_on="its contract")
+        self._know(digest, applied)
+        return fits(applied, self.granted(lease.digest), missing_on="its contract")
 
     # -- asking -----------------------------------------------------------------------------------
 
@@ -233,15 +233,23 @@ class Leases:
 
     def held_set(self, lease: Lease) -> FeatureSet:
         """The set its VMM reported, until then its contract's."""
-        return self._reported(lease.reported) if lease.reported else self._granted(lease.digest)
+        return self._reported(lease.reported) if lease.reported else self.granted(lease.digest)
 
-    def _granted(self, digest: str) -> FeatureSet:
+    def granted(self, digest: str) -> FeatureSet:
+        """The set of a contract that is held, by its digest's 64 digits."""
         found = self._known.get(digest)
         if found is None:
             from kvmneg.policy.contract import Contract
 
             body = self.records.contract(digest) or b""
-            found = self._known[digest] = Contract.from_binary(body, file=digest).granted
+            found = self._know(digest, Contract.from_binary(body, file=digest).granted)
+        return found
+
+    def _know(self, digest: str, found: FeatureSet) -> FeatureSet:
+        """Keep a set that was read: a VMM reports as often as it likes, each time something else."""
+        if len(self._known) >= limits.SETS_KEPT:
+            self._known.clear()
+        self._known[digest] = found
         return found
 
     def _reported(self, digest: str) -> FeatureSet:
@@ -252,9 +260,9 @@ class Leases:
             from kvmneg.features import words
             from kvmneg.features.featureset import FeatureSet
 
-            body = json.loads(self.records.reported()[digest])
+            body = json.loads(self.records.reported(digest) or b"")
             values = {word: words.parse_value(word, text) for word, text in body["words"].items()}
-            found = self._known[digest] = FeatureSet.of(body["architecture"], values)
+            found = self._know(digest, FeatureSet.of(body["architecture"], values))
         return found
 
     def accounted(self, process: Process) -> bool:

@@ -141,7 +141,9 @@ def unjudged(node: Node) -> list[str]:
     """The VMs of this machine that `holdings` leaves out, as lines of a scope."""
     report = node.last_report
     if report is None or report.measured.get("source") != "kvm":
-        return ["not judged: VMs of this machine that nobody negotiated for; the report was not measured here"]
+        return [
+            "not judged: VMs of this machine that nobody negotiated for; the report was not measured here"
+        ]
     waived = [str(one.process.pid) for one in node.unknown.all() if one.waived]
     named = ", ".join(waived[:8]) + (f" and {len(waived) - 8} more" if len(waived) > 8 else "")
     return [f"not judged: VMs that an admin waived, of process {named}"] if waived else []

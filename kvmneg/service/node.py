@@ -178,9 +178,11 @@ class Node(Standing):
         """
         vm, digits = uuid(vm), _hex(digest)
         holder = self.leases.holder(connection, hold, pid)
-        held = self.leases.held(vm, digits, connection, holder)
+        held = self.leases.held(vm, digits, connection.peer)
         if held is not None:  # asked twice: the first reply may have been lost
-            return held
+            if held.state != "begun":
+                self._require_below(held)
+            return self.leases.again(held, connection, holder)
         contract, generation, vmm = self._offer("sha256:" + digits)
         self.refresh(fresh=True)
         if generation != self.generation:
@@ -201,6 +203,23 @@ class Node(Standing):
                 "the host changed since the offer", hint="negotiate again", generation=self.generation
             )
         return self.leases.begin(contract, vm, generation, connection, holder=holder)
+
+    def _require_below(self, lease: Lease) -> None:
+        """A VM that ran already, and begins with what it has, is started anew: under the level of now.
+
+        Raises StaleOffer, Breached.
+        """
+        from kvmneg.policy import leases  # a VM monitor that asks twice does it before it starts
+
+        self.refresh(fresh=True)
+        negotiation.ceiling(self.report, self.bound)  # as in begin
+        bound, granted = self.bound, self.leases.granted(lease.digest)
+        if bound is not None and leases.exceeding(granted, bound.granted, bound.name):
+            raise StaleOffer(
+                f"VM {lease.vm} holds a contract above {bound.name} from its life before",
+                hint="end it, and negotiate again",
+                generation=self.generation,
+            )
 
     def lease(self, vm: str, peer: Peer, incarnation: int | None = None) -> Lease:
         """The lease of a VM (kvmneg.service.leases)."""

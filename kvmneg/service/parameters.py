@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
         "Watch": {},
     },
     "org.kvmneg.Guests": {
-        "List": {},
+        "List": {"after": "?int"},
         "Get": {"vm": "string"},
         "Report": {"vm": "string", "words": "[string]string", "incarnation": "?int"},
         "Saved": {"vm": "string", "incarnation": "?int"},

@@ -156,12 +156,10 @@ def report(connection: Connection, incarnation: int, digest: str, body: bytes) -
     _forget_reported(connection, [row[0]] if row[0] else [])
 
 
-def reported_sets(connection: Connection) -> dict[str, bytes]:
-    """The bytes of each set that an outstanding lease reported, by digest."""
-    query = (
-        f"SELECT digest, body FROM reported_sets WHERE digest IN (SELECT reported FROM grants WHERE {_HELD})"
-    )
-    return {str(digest): bytes(body) for digest, body in connection.execute(query)}
+def reported_set(connection: Connection, digest: str) -> bytes | None:
+    """The bytes of a set that a lease reported."""
+    row = connection.execute("SELECT body FROM reported_sets WHERE digest = ?", (digest,)).fetchone()
+    return bytes(row[0]) if row else None
 
 
 def hold(connection: Connection, incarnation: int, holder: Holder) -> None:

@@ -156,7 +156,7 @@ class Leases:
         with self._database.reading("read the contracts") as connection:
             return rows.contracts_outstanding(connection)
 
-    def reported(self) -> dict[str, bytes]:
-        """The bytes of each set that an outstanding lease reported, by digest."""
-        with self._database.reading("read what VMs have") as connection:
-            return rows.reported_sets(connection)
+    def reported(self, digest: str) -> bytes | None:
+        """The bytes of a set that an outstanding lease reported."""
+        with self._database.reading("read what a VM has") as connection:
+            return rows.reported_set(connection, digest)

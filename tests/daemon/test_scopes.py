@@ -14,15 +14,15 @@ from kvmneg.errors import Blocked, GuestsAbove
 from kvmneg.features.featureset import fits
 from kvmneg.host.guests import Process
 from kvmneg.policy import rates, roll
-from kvmneg.policy.combos import Asked
 from kvmneg.policy.request import Request
-from kvmneg.service import guests, interfaces_rolls, levels, moves, rolls
+from kvmneg.service import guests, interfaces_rolls, moves, rolls
 from kvmneg.service.unknown import Unknown
 from kvmneg.store.interface import Audit
 
 if TYPE_CHECKING:
-    from .conftest import Host
     from kvmneg.service.node import Node
+
+    from .conftest import Host
 
 AUDIT = Audit(0, 1, "2026-11-21T06:00:00Z", "a test", "kvmneg")
 
