@@ -75,6 +75,7 @@ ROLLBACK_COMBOS = 64  # combos that an admin wants to be able to return to
 ROLLBACK_DIMENSIONS = 64  # dimensions of a combo that one question names
 ROLLBACK_SETS = 64  # distinct sets of guests whose reasons one answer tells; the others' guests are named
 ROLLBACK_REASON_BYTES = 1024 * 1024  # of reasons of guests in one answer; the rest are left out
+IMAGE_PARTS, IMAGE_PART_BYTES = 64, 64 * 1024  # read of a saved image, to tell it from another of its size
 
 # guests
 SETS_KEPT = 1024  # distinct sets of guests that the daemon keeps read; others are read again

@@ -2,7 +2,7 @@
 """What a saved guest holds, kept beside its image, and whether it may be restored on a host. Pure.
 
     {"format": "kvmneg.image/1", "vm": UUID, "contract": kvmneg.contract/1, "holds": {word: value, …} or null,
-     "bytes": size of the image when it was tagged}
+     "bytes": size of the image when it was tagged, "sample": digest of parts of it}
 
 `holds` are the words that the guest's VMM reported, null where it keeps to the contract. An image without such a
 document is unknown: what a guest inside has seen cannot be read from it.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from kvmneg.errors import BadInput
 from kvmneg.features import words
-from kvmneg.features.featureset import FeatureSet, fits
+from kvmneg.features.featureset import FeatureSet
 from kvmneg.policy import contract_json, negotiation
 from kvmneg.policy.contract import Contract
 
@@ -30,12 +30,16 @@ FORMAT = "kvmneg.image/1"
 
 
 class Image(NamedTuple):
-    """A tagged image: its VM, the contract, the set that counts, and how large it was (bytes)."""
+    """A tagged image: its VM, the contract, the set that counts, how large it was (bytes), a digest of parts of it.
+
+    `sample` tells one guest's memory from another's of the same size; "" where none was taken.
+    """
 
     vm: str
     contract: Contract
     holds: FeatureSet
     size: int
+    sample: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The document that lies beside the image."""
@@ -46,6 +50,7 @@ class Image(NamedTuple):
             "bytes": self.size,
             "contract": self.contract.to_json(),
             "holds": None if kept else self.holds.to_json(),
+            "sample": self.sample or None,
         }
 
     @classmethod
@@ -57,8 +62,12 @@ class Image(NamedTuple):
         vm, size, holds = found.get("vm"), found.get("bytes"), found.get("holds")
         if not isinstance(vm, str) or type(size) is not int or size < 0:
             raise BadInput("vm or bytes is missing", file=file)
+        sample = found.get("sample") or ""
+        if not isinstance(sample, str):
+            raise BadInput("sample is no text", file=file)
         contract = Contract.from_json(found.get("contract"), file=file)
-        return cls(vm, contract, contract.granted if holds is None else _set(contract, holds, file), size)
+        kept = contract.granted if holds is None else _set(contract, holds, file)
+        return cls(vm, contract, kept, size, sample)
 
 
 def _set(contract: Contract, holds: object, file: str) -> FeatureSet:
@@ -81,6 +90,6 @@ def judge(image: Image, report: Report, vmm: str | None = None) -> list[Blocker]
     blockers = list(negotiation.check(image.contract, report, vmm))
     if image.holds != image.contract.granted:
         named = {(blocker.word, blocker.feature) for blocker in blockers}
-        more = fits(image.holds, report.accept, missing_on=f"host {report.host}")
+        more = negotiation.accepts(image.holds, report, vmm, portable=image.contract.portable)
         blockers += [one for one in more if (one.word, one.feature) not in named]
     return blockers

@@ -107,9 +107,28 @@ def tagged(kvmneg: Shell, tmp_path: Path) -> Path:
 
 def test_an_image_that_was_written_again_is_not_what_was_tagged(kvmneg: Shell, tmp_path: Path) -> None:
     image = tagged(kvmneg, tmp_path)
-    image.write_bytes(b"memory of a guest, later")
-    status, _, errors = kvmneg("image", "check", image)
-    assert status == 1 and "written again" in errors
+    for other in (b"memory of a guest, later", b"memory of another"):  # the second of the same size
+        image.write_bytes(other)
+        status, _, errors = kvmneg("image", "check", image)
+        assert status == 1 and "written again" in errors
+    image.write_bytes(b"memory of a guest")  # a copy of it, brought back
+    assert kvmneg("image", "check", image)[0] == 0
+
+
+def test_a_large_image_is_told_from_another_by_parts_of_it(kvmneg: Shell, tmp_path: Path) -> None:
+    image = tagged(kvmneg, tmp_path)
+    with image.open("wb") as file:
+        file.truncate(1 << 30)
+    assert kvmneg("image", "tag", image, "--vm", VM)[0] == 0
+    assert kvmneg("image", "check", image)[0] == 0
+    for place in (0, (1 << 30) - 1):
+        with image.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        assert kvmneg("image", "check", image)[0] == 1
+        with image.open("r+b") as file:
+            file.seek(place)
+            file.write(b"\0")
 
 
 def test_an_image_is_judged_by_what_its_vmm_reported(kvmneg: Shell, tmp_path: Path) -> None:
