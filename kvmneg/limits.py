@@ -81,6 +81,7 @@ IMAGE_PARTS, IMAGE_PART_BYTES = 64, 64 * 1024  # read of a saved image, to tell 
 SETS_KEPT = 1024  # distinct sets of guests that the daemon keeps read; others are read again
 UEVENT_BYTES = 8 * 1024  # the kernel's own limit is 2 KiB of variables (UEVENT_BUFFER_SIZE)
 UEVENTS_PER_TURN = 64  # read in one turn of the loop
+UEVENT_TURNS = 64  # of those, taken before an answer about VMs; if more wait then, all processes are looked at
 LOOK_SLICE_SECONDS = 0.005  # of looking for VMs through /proc, in one turn of the loop
 UNKNOWN_GUESTS = 16384  # processes with a VM that nobody negotiated for
 WAIVERS = 1024  # unknown guests of one boot that do not block

@@ -84,10 +84,14 @@ class Look:
 
 
 def _is_vm(path: str) -> bool:
+    return _link(path).startswith(_VM_LINKS)
+
+
+def _link(path: str) -> str:
     try:
-        return os.readlink(path).startswith(_VM_LINKS)
+        return os.readlink(path)
     except OSError:
-        return False
+        return ""
 
 
 def has_vm(pid: int, proc: str = "/proc") -> bool:
@@ -99,6 +103,20 @@ def has_vm(pid: int, proc: str = "/proc") -> bool:
     except OSError:
         return False
     return any(_is_vm(f"{proc}/{pid}/fd/{name}") for name in names)
+
+
+def vms(pid: int, proc: str = "/proc") -> int:
+    """How many VMs a process has, at most: descriptors of them; 1 where they may not be read and it has one."""
+    try:
+        names = os.listdir(f"{proc}/{pid}/fd")
+    except PermissionError:
+        return 1
+    except OSError:
+        return 0
+    links = [_link(f"{proc}/{pid}/fd/{name}") for name in names]
+    return sum(link == _VM_LINKS[0] for link in links) or int(
+        any(link.startswith(_VM_LINKS) for link in links)
+    )
 
 
 def process(pid: int, proc: str = "/proc") -> Process | None:
@@ -167,6 +185,14 @@ class Events:
 
     def close(self) -> None:
         self._socket.close()
+
+    def waits(self) -> bool:
+        """Whether there is more to read: messages of all devices come here."""
+        import select
+
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def read(self) -> tuple[list[Event], bool]:
         """What came of KVM's events, at most UEVENTS_PER_TURN messages; and whether some were lost.

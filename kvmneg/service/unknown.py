@@ -74,6 +74,7 @@ class UnknownGuests:
         self._looked = False  # a look ended, and no event was lost since
         self._count: int | None = None  # VMs of the whole host, as the last event had it
         self._found: dict[int, Process] = {}
+        self._ours: set[int] = set()  # processes of the daemon's own that made VMs
         self._again: Timer | None = None
 
     # -- following --------------------------------------------------------------------------------
@@ -139,7 +140,10 @@ class UnknownGuests:
             self._begin_look()
 
     def _add(self, process: Process) -> None:
-        if self._is_ours(process) or self._found.get(process.pid) == process:
+        if self._is_ours(process):
+            self._ours.add(process.pid)
+            return
+        if self._found.get(process.pid) == process:
             return
         if len(self._found) < limits.UNKNOWN_GUESTS:
             self._found[process.pid] = process
@@ -175,18 +179,34 @@ class UnknownGuests:
         self._catch_up()
         if not self._looked:
             return f"more than {limits.UNKNOWN_GUESTS} processes have a VM"
-        # each process that was found has one at least: no more VMs than processes, none elsewhere
-        if self._unreadable and not (self._count is not None and self._count <= len(self._found)):
+        hidden = self._hidden()
+        if self._unreadable and (hidden or self._count is None):
             return (
                 f"VMs that ran before kvmnegd, among {self._unreadable} processes whose descriptors it may not "
                 "read (CAP_SYS_PTRACE)"
             )
+        if hidden:
+            return f"KVM counts {hidden} VMs more than processes here have: of another pid namespace, or hidden"
         return ""
+
+    def _hidden(self) -> int:
+        """How many VMs KVM counts that no process which is known here can have."""
+        # each that was found has one at least; to count all descriptors takes long
+        if self._count is None or self._count <= len(self._found):
+            return 0
+        self._ours = {pid for pid in self._ours if guests.vms(pid, self._proc)}
+        known = {*self._found, *self._ours, os.getpid()}
+        return max(self._count - sum(guests.vms(pid, self._proc) for pid in known), 0)
 
     def _catch_up(self) -> None:
         """Whoever asks gets the present: events that wait are taken, and a look is taken to its end."""
         if self._events is not None:
-            self._take_events()
+            for _ in range(limits.UEVENT_TURNS):
+                self._take_events()
+                if not self._events.waits():
+                    break
+            else:  # faster than they are read: what there is only a look tells
+                self._looked = False
         if self._look is None and (not self._looked or self._events is None):
             self._look = guests.Look(self._proc)
         if self._look is not None:

@@ -57,6 +57,7 @@ class Queue:
     def __init__(self) -> None:
         self.waiting: list[guests.Event] = []
         self.lost = False
+        self.turns: list[list[guests.Event]] = []  # what comes in one turn each, after what waits
         self._pair = socket.socketpair()
 
     def fileno(self) -> int:
@@ -64,8 +65,11 @@ class Queue:
 
     def read(self) -> tuple[list[guests.Event], bool]:
         events, lost = self.waiting, self.lost
-        self.waiting, self.lost = [], False
+        self.waiting, self.lost = self.turns.pop(0) if self.turns else [], False
         return events, lost
+
+    def waits(self) -> bool:
+        return bool(self.waiting or self.turns)
 
     def close(self) -> None:
         for one in self._pair:
@@ -158,6 +162,29 @@ def test_another_process_of_the_same_number_is_another_guest(
     tree.add(4711, "anon_inode:kvm-vm", started=2)
     queue.waiting.append(guests.Event("create", 4711, 1))
     assert pids(unknown.blocking()) == [4711]
+
+
+def test_who_asks_gets_all_events_that_wait(tree: Tree, unknown: UnknownGuests, queue: Queue) -> None:
+    """Other devices' messages fill turns of their own: a burst of them hides no VM behind it."""
+    assert unknown.all() == [] and unknown.missed() == ""
+    tree.add(4711, "anon_inode:kvm-vm")
+    queue.turns = [[] for _ in range(3)] + [[guests.Event("create", 4711, 1)]]
+    assert pids(unknown.all()) == [4711]
+    tree.add(4712, "anon_inode:kvm-vm")
+    queue.turns = [[] for _ in range(limits.UEVENT_TURNS + 9)]  # without an end: a look finds what they hide
+    assert pids(unknown.all()) == [4711, 4712]
+    assert queue.turns
+
+
+def test_a_vm_that_cannot_be_seen_is_told(tree: Tree, unknown: UnknownGuests, queue: Queue) -> None:
+    """Its process is in another pid namespace: its number says nothing here, and no look finds it."""
+    tree.add(4711, "anon_inode:kvm-vm")
+    assert pids(unknown.all()) == [4711] and unknown.missed() == ""
+    queue.waiting = [guests.Event("create", 99, 3)]
+    assert pids(unknown.all()) == [4711]
+    assert "2 VMs" in unknown.missed()
+    queue.waiting = [guests.Event("destroy", 99, 1)]
+    assert unknown.missed() == ""
 
 
 def test_lost_events_bring_a_new_look(tree: Tree, unknown: UnknownGuests, queue: Queue) -> None:
