@@ -13,7 +13,7 @@ from kvmneg.policy.members import counting
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from typing import Any
 
     from kvmneg.features.difference import Blocker
@@ -28,7 +28,7 @@ NONE, MIXED = "none", "mixed"
 # runs nothing now, but comes back with all it had.
 _URGENCY = (leases.BEGUN, leases.RUNNING, leases.UNKNOWN, leases.SUSPENDED, leases.SAVED)
 
-GONE, REBOOTED, WAITING = "gone", "cold-booted", ""
+GONE, REBOOTED, WAIVED, WAITING = "gone", "cold-booted", "waived", ""
 
 
 class Plan(NamedTuple):
@@ -101,7 +101,10 @@ def _urgency(state: str) -> int:
 
 
 class Followed(NamedTuple):
-    """One guest of a lowering, and what became of it: gone, cold-booted (it holds no more than the level), or ""."""
+    """One guest of a lowering, and what became of it.
+
+    Gone, cold-booted (it holds no more than the level), waived (it runs on, by an admin's word), or "".
+    """
 
     guest: dict[str, Any]
     became: str
@@ -110,10 +113,16 @@ class Followed(NamedTuple):
         return {**self.guest, "became": self.became or None}
 
 
-def followed(listed: Sequence[dict[str, Any]], holdings: Sequence[Holding], fence: Fence) -> list[Followed]:
+def followed(
+    listed: Sequence[dict[str, Any]],
+    holdings: Sequence[Holding],
+    fence: Fence,
+    waived: Collection[str] = (),
+) -> list[Followed]:
     """What became of the guests that a lowering listed, in its order; behind them those above that came to light since.
 
-    `listed` are Above.to_json() of the guests that stood above when it was proposed.
+    `listed` are Above.to_json() of the guests that stood above when it was proposed, `waived` the names of those that
+    still run, and stand in the way no more.
     """
     # of one UUID several users may have a VM
     now = {(holding.vm, holding.uid) for holding in holdings}
@@ -122,6 +131,7 @@ def followed(listed: Sequence[dict[str, Any]], holdings: Sequence[Holding], fenc
     for guest in listed:
         key = guest["vm"], guest["uid"]
         became = WAITING if key in high else REBOOTED if key in now else GONE
+        became = WAIVED if became == GONE and guest["vm"] in waived else became
         rows.append(Followed(guest, became))
     known = {(guest["vm"], guest["uid"]) for guest in listed}
     late = in_order(one for key, one in high.items() if key not in known)

@@ -128,9 +128,8 @@ def holdings(node: Node) -> list[Holding]:
     report = node.last_report
     if report is None or report.measured.get("source") != "kvm":
         return node.leases.holdings()
-    # not by the UUID on its command line, which is any process's to choose: a guest that is passed over has one too
     unknown = [
-        Holding(f"pid {one.process.pid}", "", None, leases.UNKNOWN, one.process.uid)
+        Holding(unknown_name(one.process.pid), "", None, leases.UNKNOWN, one.process.uid)
         for one in node.unknown.blocking()
     ]
     unseen = [Holding(UNSEEN, "", None, leases.UNKNOWN, 0)] if node.unknown.missed() else []
@@ -144,9 +143,25 @@ def unjudged(node: Node) -> list[str]:
         return [
             "not judged: VMs of this machine that nobody negotiated for; the report was not measured here"
         ]
-    waived = [str(one.process.pid) for one in node.unknown.all() if one.waived]
-    named = ", ".join(waived[:8]) + (f" and {len(waived) - 8} more" if len(waived) > 8 else "")
-    return [f"not judged: VMs that an admin waived, of process {named}"] if waived else []
+    found = waived(node)
+    named = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    return [f"not judged: VMs that an admin waived: {named}"] if found else []
+
+
+def waived(node: Node) -> list[str]:
+    """The names of the unknown guests that an admin waived."""
+    report = node.last_report
+    if report is None or report.measured.get("source") != "kvm":
+        return []
+    return [unknown_name(one.process.pid) for one in node.unknown.all() if one.waived]
+
+
+def unknown_name(pid: int) -> str:
+    """What a VM that nobody negotiated for is called.
+
+    Not by the UUID on its command line, which is any process's to choose: a guest that is passed over has one too.
+    """
+    return f"pid {pid}"
 
 
 def daemon_audit(reason: str) -> Audit:

@@ -237,7 +237,9 @@ def progress(node: Node, uid: int | None = None) -> dict[str, Any]:
         return {"proposal": None, "guests": [], "done": 0, "count": 0}
     proposed = levels.parsed(row)
     listed = json.loads(row.plan)["guests"] if row.kind == LOWER else []
-    rows = plans.followed(listed, levels.holdings(node), proposed) if row.kind == LOWER else []
+    rows: list[plans.Followed] = []
+    if row.kind == LOWER:
+        rows = plans.followed(listed, levels.holdings(node), proposed, levels.waived(node))
     shown = [one.to_json() for one in rows if uid in (None, one.guest["uid"])]
     named = ("kind", "digest", "text", "urgent", "at", "uid", "reason")
     return {

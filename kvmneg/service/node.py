@@ -230,6 +230,8 @@ class Node(Standing):
         self.refresh()
         self.store.retry()
         self._record()
+        if not self._floats:
+            self.settle()
         self.leases.expire()
         if self.proposal == "raise" and self.store.fault is None:
             from kvmneg.service import moves  # rarely

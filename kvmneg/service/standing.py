@@ -41,6 +41,7 @@ class Standing:
         self._load_fence()
         self.generation = store.generation()
         self.floor: Fence | None = None
+        self._floats = True  # whether `floor` is known; else it is the store's fault, and may be mended
         self._row = store.level()
         self.proposal = self._row.proposal
         self.proposed_at = 0  # the number of measurements when that was proposed
@@ -126,17 +127,20 @@ class Standing:
         self._fence, self.generation, self._fence_fault = fence, generation, None
         self.proposal, self.proposed_at = proposal, self.measurements
         self.floor = self._low = None
+        self._floats = True
         self._row = self.store.level()
         self.settle()
         self._tell()
 
     def floats(self, floor: Fence | None) -> None:
         """What bounds new guests while no fence is pinned; None: nothing but the host."""
-        self.floor = floor
+        self.floor, self._floats = floor, True
 
     def settle(self) -> None:
         """What a measurement does to the level: most often nothing, and then nothing more is imported."""
         report = self._report
+        if not self._floats:
+            self._fence_fault = None  # what could not be read a while ago
         if report is None or self._fence_fault is not None or coverage.unvisited(report):
             return
         try:
@@ -144,6 +148,7 @@ class Standing:
                 self._row = self.store.level()
             if self._fence is None:
                 self.floor, moves = None, self._row.report not in (None, report.digest())
+                self._floats = not moves
             else:
                 moves = bool(self.below) != self._row.breached
             if moves:
@@ -153,7 +158,10 @@ class Standing:
                 self._row = self.store.level()
         except StoreError as error:
             self._on_trouble(str(error))
-            if "generation" in error.fields:  # what bounds new guests cannot be read: nothing is granted
+            # where it is not known what bounds new guests, nothing is granted
+            if "generation" in error.fields:  # for good, until an admin acts
+                self._fence_fault, self._floats = error, True
+            elif not self._floats:
                 self._fence_fault = error
 
     def tell_trouble(self, text: str) -> None:

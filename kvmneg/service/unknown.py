@@ -186,7 +186,7 @@ class UnknownGuests:
                 "read (CAP_SYS_PTRACE)"
             )
         if hidden:
-            return f"KVM counts {hidden} VMs more than processes here have: of another pid namespace, or hidden"
+            return f"KVM counts {hidden} VMs more than processes have that can be seen from here"
         return ""
 
     def _hidden(self) -> int:

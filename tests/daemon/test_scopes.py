@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvmneg.errors import Blocked, GuestsAbove
+from kvmneg.errors import Blocked, GuestsAbove, StoreError
 from kvmneg.features.featureset import fits
 from kvmneg.host.guests import Process
 from kvmneg.policy import rates, roll
 from kvmneg.policy.request import Request
 from kvmneg.service import guests, interfaces_rolls, moves, rolls
+from kvmneg.service.contracts import ContractFiles
+from kvmneg.service.node import Node
 from kvmneg.service.unknown import Unknown
 from kvmneg.store.interface import Audit
+from kvmneg.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
-    from kvmneg.service.node import Node
+    from pathlib import Path
 
     from .conftest import Host
 
@@ -118,3 +121,35 @@ def test_a_combo_to_return_to_that_was_measured_in_part_holds_a_raise(node: Node
     with pytest.raises(Blocked) as caught:
         moves.commit(node, None, AUDIT)
     assert {one.feature for one in caught.value.blockers} == {"avx2"}
+
+
+def test_a_level_that_floats_is_not_lost_with_its_record(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was cannot be read any more: nothing is granted, rather than all that the host offers by now."""
+    strong = host.document
+    host.lose("cpuid:0x7.0.ebx", 1 << 5)  # avx2
+
+    def unreadable(self: SqliteStore, digest: str) -> None:
+        raise StoreError("cannot read the reports: Input/output error")
+
+    with SqliteStore(str(tmp_path / "state")) as store:
+        node = Node(store, host, ContractFiles(str(tmp_path / "contracts")))
+        host.document, host.moved = strong, True
+        monkeypatch.setattr(SqliteStore, "report", unreadable)
+        node.measure()
+        with pytest.raises(StoreError, match="Input/output"):
+            node.negotiate(Request(maximum=True), caller(0).peer)
+        monkeypatch.undo()
+        node.keep_up()
+        granted = node.negotiate(Request(maximum=True), caller(0).peer).contract.granted
+        assert not granted.value("cpuid:0x7.0.ebx") & 1 << 5
+
+
+def test_a_guest_that_was_waived_is_not_told_as_gone(node: Node) -> None:
+    moves.pin(node, "host", None, None, AUDIT)
+    strangers = Strangers(node, stranger(4711), stranger(4712))
+    moves.lower(node, moves.Asked(without=("avx2",)), None, AUDIT)
+    strangers.found = [stranger(4711, "a test machine")]
+    rows = {row["vm"]: row["became"] for row in moves.progress(node)["guests"]}
+    assert rows == {"pid 4711": "waived", "pid 4712": "gone"}
