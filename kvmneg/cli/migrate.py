@@ -53,8 +53,11 @@ def _check(arguments: argparse.Namespace) -> int:
     from kvmneg.policy import moving
 
     granted, portable = _guest(arguments)
-    there, fence = _target(arguments)
+    there, fence, held_back = _target(arguments)
     move = moving.judge(granted, there, fence, arguments.vmm, portable=portable)
+    if held_back:
+        line = "not judged: whether the guest is an island there; that host floats at a level below what it offers"
+        move = move._replace(scope=(*move.scope, line))
     if not move.allowed:
         fields = {key: value for key, value in move.to_json().items() if key != "blockers"}
         raise Blocked(f"the guest may not move to {there.host}", move.blockers, **fields)
@@ -98,8 +101,11 @@ def _running(arguments: argparse.Namespace, vm: str) -> tuple[FeatureSet, tuple[
     return images.reported(contract.architecture, found["holds"]), contract.portable
 
 
-def _target(arguments: argparse.Namespace) -> tuple[Report, Fence | None]:
-    """The other host's report and, of a daemon, its fence. Raises BadInput, Unreachable, NoKvm."""
+def _target(arguments: argparse.Namespace) -> tuple[Report, Fence | None, bool]:
+    """The other host's report and, of a daemon, its fence, and whether it floats below what it offers.
+
+    Raises BadInput, Unreachable, NoKvm.
+    """
     import os
     import stat
 
@@ -110,7 +116,7 @@ def _target(arguments: argparse.Namespace) -> tuple[Report, Fence | None]:
     except (OSError, ValueError):
         is_socket = False
     if not is_socket:
-        return files.report(arguments.to), None
+        return files.report(arguments.to), None, False
     from kvmneg.client import Client
     from kvmneg.features.report import Report
     from kvmneg.policy.fence_text import Fence
@@ -120,7 +126,8 @@ def _target(arguments: argparse.Namespace) -> tuple[Report, Fence | None]:
     text, generation = fence.get("text"), fence["generation"]
     where = f"the fence of {arguments.to}"
     pinned = Fence.parse(text, generation=generation, file=where) if text is not None else None
-    return Report.from_json(host["host"], file=f"the report of {arguments.to}"), pinned
+    report = Report.from_json(host["host"], file=f"the report of {arguments.to}")
+    return report, pinned, bool(fence.get("heldBack"))
 
 
 def _show(screen: Screen, move: Move, there: Report) -> None:

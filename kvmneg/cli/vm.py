@@ -44,6 +44,11 @@ def options(parser: Parser) -> None:
             verb.add_argument(
                 "file", metavar="FILE", type=file_name, help="a contract file with what was really set"
             )
+        if name in ("started", "saved", "handover", "end"):
+            which = (
+                "only this life of the VM: one of several users' VMs of that UUID (`kvmneg guests --json`)"
+            )
+            verb.add_argument("--incarnation", metavar="N", type=number(1, 2**63 - 1), help=which)
         if name in ("begin", "handover", "receive"):
             keeps = "the process that runs the VM: the contract is kept while it lives"
             required = name == "handover"
@@ -106,7 +111,7 @@ def _end(arguments: argparse.Namespace) -> int:
 
 
 def _tell(arguments: argparse.Namespace, method: str, state: str, then: str, **given: Any) -> int:
-    sources.call(arguments, method, vm=arguments.vm, **given)
+    sources.call(arguments, method, vm=arguments.vm, incarnation=arguments.incarnation, **given)
     if arguments.json:
         print_json({"vm": arguments.vm, "state": state})
     else:

@@ -200,13 +200,16 @@ class Leases:
         """
         found = self.records.of(vm)
         leases = [one for one in found if one.uid == peer.uid] or found
+        if len(leases) > 1 and incarnation is not None:  # an admin who names one of several users'
+            leases = [one for one in leases if one.incarnation == incarnation] or leases
         if not leases:
             raise UsageError(
                 f"VM {vm} holds no contract", hint="it was ended, or expired before it was started"
             )
         if len(leases) > 1:
             uids = ", ".join(str(lease.uid) for lease in leases)
-            raise UsageError(f"users {uids} have a VM {vm}", hint="ask as the one whose VM it is")
+            hint = "name its incarnation, or ask as the one whose VM it is"
+            raise UsageError(f"users {uids} have a VM {vm}", hint=hint)
         (lease,) = leases
         if lease.uid != peer.uid and not is_admin(peer):
             raise NotPermitted(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmneg import limits
-from kvmneg.errors import Blocked, StaleOffer
+from kvmneg.errors import Blocked, StaleOffer, UsageError
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.policy import negotiation
 from kvmneg.policy.request import Request
@@ -158,3 +158,20 @@ def test_many_guests_are_listed_in_pages(node: Node, monkeypatch: pytest.MonkeyP
         found += [one["vm"] for one in told["guests"]]
         after = told["next"]
     assert found == names
+
+
+def test_an_admin_ends_one_of_two_users_vms_of_a_uuid(node: Node) -> None:
+    """Any user may take another's UUID: that must not keep an admin from either."""
+    name = vm()
+    for uid in (1000, 1001):
+        begin(node, name, caller(uid))
+    first, second = node.leases.records.of(name)
+    admin = caller(0).peer
+    with pytest.raises(UsageError, match="users 1000, 1001"):
+        node.lease(name, admin)
+    for one in (first, second):
+        assert node.lease(name, admin, one.incarnation).uid == one.uid
+    with pytest.raises(UsageError):
+        node.lease(name, admin, second.incarnation + 1)
+    with pytest.raises(UsageError, match="incarnation"):
+        node.lease(name, caller(1000).peer, second.incarnation)

@@ -291,3 +291,16 @@ def test_moving_to_another_daemon(amd: Host, capsys: pytest.CaptureFixture[str],
     assert status == 0 and json.loads(told)["island"] is None
     assert amd.run(capsys, "migrate", "check", old, "--to", old)[0] == 5
     assert amd.run(capsys, "migrate", "check", "0" * 64, "--to", old)[0] == 1
+
+
+def test_an_island_on_a_host_that_floats_low_is_not_ruled_out(
+    amd: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It offers more than its new guests get, and a fence there is none to hold the guest against."""
+    with amd.client() as client:
+        assert client.fence_get()["heldBack"]
+        guest = vm()
+        amd.start(client, guest)
+    status, told = amd.run(capsys, "migrate", "check", guest, "--to", amd.daemon.socket)
+    assert status == 0
+    assert "not judged whether the guest is an island there" in " ".join(told.split())
