@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _VM_LINKS = ("anon_inode:kvm-vm", "anon_inode:kvm-vcpu:")
+_HIDING = frozenset(("hidepid=2", "hidepid=invisible", "hidepid=4", "hidepid=ptraceable"))
 _STAT_BYTES = 4096
 _COMMAND_BYTES = 64 * 1024
 # Fields of /proc/PID/stat after the name in brackets (proc_pid_stat(5)): 4 parent, 22 start time in clock ticks.
@@ -42,11 +43,13 @@ class Look:
     """One look through all processes for those with a VM.
 
     `found` are they. `unreadable` counts processes whose descriptors may not be read: there may be VMs among them.
+    `hidden` says that others' processes are not even there (hidepid, proc(5)).
     """
 
     def __init__(self, proc: str = "/proc") -> None:
         self.found: list[Process] = []
         self.unreadable = 0
+        self.hidden = hides(proc)
         self.done = False
         self._proc = proc
         self._steps = self._all()
@@ -81,6 +84,17 @@ class Look:
         except OSError:
             pass  # it ended meanwhile
         yield
+
+
+def hides(proc: str = "/proc") -> bool:
+    """Whether that /proc keeps processes of others out of sight: by its options, and as the first one is not there."""
+    try:
+        with open(f"{proc}/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            rows = [line.split() for line in file]
+    except OSError:
+        return False
+    options = [row[-1].split(",") for row in rows if len(row) > 5 and row[4] == proc]
+    return bool(options and _HIDING.intersection(options[-1])) and not os.path.exists(f"{proc}/1")
 
 
 def _is_vm(path: str) -> bool:

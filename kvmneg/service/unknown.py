@@ -71,6 +71,7 @@ class UnknownGuests:
         self._loop: Loop | None = None
         self._look: guests.Look | None = None
         self._unreadable = 0  # processes that the last whole look could not look into
+        self._hides = False  # /proc shows the daemon no processes of others
         self._looked = False  # a look ended, and no event was lost since
         self._count: int | None = None  # VMs of the whole host, as the last event had it
         self._found: dict[int, Process] = {}
@@ -121,7 +122,7 @@ class UnknownGuests:
         if done:
             self._look = None
             self._looked = True
-            self._unreadable = look.unreadable
+            self._unreadable, self._hides = look.unreadable, look.hidden
             for process in look.found:
                 self._add(process)
         return done
@@ -184,6 +185,10 @@ class UnknownGuests:
             return (
                 f"VMs that ran before kvmnegd, among {self._unreadable} processes whose descriptors it may not "
                 "read (CAP_SYS_PTRACE)"
+            )
+        if self._hides and (hidden or self._count is None):
+            return (
+                "VMs that ran before kvmnegd, as processes of others are hidden from it (/proc with hidepid)"
             )
         if hidden:
             return f"KVM counts {hidden} VMs more than processes have that can be seen from here"

@@ -187,6 +187,27 @@ def test_a_vm_that_cannot_be_seen_is_told(tree: Tree, unknown: UnknownGuests, qu
     assert unknown.missed() == ""
 
 
+@pytest.mark.parametrize("option", ["hidepid=2", "hidepid=invisible", "hidepid=ptraceable", "hidepid=4"])
+def test_a_proc_that_hides_others_is_told(tree: Tree, unknown: UnknownGuests, option: str) -> None:
+    """proc(5): their folders are not there at all, so that none can be counted as unreadable."""
+    tree.add(11, "anon_inode:kvm-vm")
+    (tree.root / "self").mkdir()
+    mounts = tree.root / "self/mountinfo"
+    mounts.write_text(f"24 29 0:22 / {tree.root} rw,nosuid - proc proc rw,{option}\n")
+    assert pids(unknown.all()) == [11]
+    assert "hidden" in unknown.missed()
+    tree.add(1, name="init")  # who may see that one sees all
+    unknown._looked = False
+    assert unknown.missed() == ""
+
+
+def test_a_proc_of_another_place_hides_nothing_here(tree: Tree, unknown: UnknownGuests) -> None:
+    (tree.root / "self").mkdir(parents=True)
+    line = "25 29 0:23 / /elsewhere rw - proc proc rw,hidepid=2\n24 29 0:22 / {} rw - proc proc rw,hidepid=noaccess\n"
+    (tree.root / "self/mountinfo").write_text(line.format(tree.root))
+    assert unknown.all() == [] and unknown.missed() == ""
+
+
 def test_lost_events_bring_a_new_look(tree: Tree, unknown: UnknownGuests, queue: Queue) -> None:
     assert unknown.all() == []
     tree.add(4711, "anon_inode:kvm-vm")
