@@ -186,6 +186,7 @@ def _import(node: Node, connection: Connection, given: dict[str, Any]) -> dict[s
     else:  # nobody knows what it has: what it could have at most
         from kvmneg.policy import utmost  # of an admin's day
 
+        node.refresh(fresh=True)
         contract = utmost.contract(node.report)
     holder = node.leases.holder(connection, None, given["pid"])
     lease, _ = node.leases.begin(

@@ -123,6 +123,7 @@ class Rolls:
         Raises Blocked where its offer is below the fence, or not all of the host was measured under it; UsageError,
         LimitExceeded, StoreError.
         """
+        self._node.refresh(fresh=True)  # what runs is what runs now
         row = self.resolve(text)
         report, fence = self._load(row), self._node.fence
         coverage.require(report)

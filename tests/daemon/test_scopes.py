@@ -153,3 +153,22 @@ def test_a_guest_that_was_waived_is_not_told_as_gone(node: Node) -> None:
     strangers.found = [stranger(4711, "a test machine")]
     rows = {row["vm"]: row["became"] for row in moves.progress(node)["guests"]}
     assert rows == {"pid 4711": "waived", "pid 4712": "gone"}
+
+
+def test_what_runs_is_what_runs_now(node: Node, host: Host) -> None:
+    """A parameter was written since the last look: `running` is not the combo of then."""
+    before = node.combo_digest
+    host.change("combo", "cmdline", "mitigations=off")
+    row, _ = rolls.Rolls(node).add("running", AUDIT)
+    assert row.digest != before and row.digest == node.combo_digest
+
+
+def test_a_guest_that_is_taken_on_has_what_the_host_has_now(node: Node, host: Host) -> None:
+    Strangers(node, Unknown(Process(os.getpid(), 1000, 1, os.getuid(), "qemu"), "", {}))
+    word, bit = "cpuid:0x7.0.ecx", 1 << 22  # rdpid, which the recorded host lacks
+    assert not node.report.accept.value(word) & bit
+    host.change("offer", word, f"{int(host.document['offer'][word], 16) | bit:#x}")
+    call = guests.handlers(node)["org.kvmneg.Guests.Import"]
+    call(caller(os.getuid()), {"pid": os.getpid(), "vm": vm(), "reason": "ours"})
+    (holding,) = node.leases.holdings()
+    assert holding.granted is not None and holding.granted.value(word) & bit
