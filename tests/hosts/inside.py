@@ -30,9 +30,9 @@ class Inside(NamedTuple):
 def run(host: Host, *words: str, seconds: float = SECONDS, extra: dict[str, bytes] | None = None) -> Inside:
     """`pytest WORDS` in /job of a restored host. `extra` are more files. A skip is judged there as it is here.
 
-    A host whose kernel panics is tried once more, and its part says so: QEMU 7.2 emulates CMPXCHG16B, with which
-    Linux allocates memory, such that once in some hundred runs the flags come back wrong. What our own calls do to
-    a kernel, they do again. Raises HostError where the host, not a test, fails.
+    A host whose kernel panics is tried once more, and its part says so: an emulator errs by chance (machine.py keeps
+    clear of one such error), and what our own calls do to a kernel, they do again. Raises HostError where the host,
+    not a test, fails.
     """
     environment = {**project.ENVIRONMENT, summary.VARIABLE: _SUMMARY, "CI": os.environ.get("CI", "")}
     environment["PATH"] = "/job/bin:/usr/sbin:/usr/bin:/sbin:/bin"

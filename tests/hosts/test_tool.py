@@ -30,7 +30,18 @@ if TYPE_CHECKING:
 
     from tests.hosts.machine import Machine
 
-ARM64 = "arm64-6.12"
+ARM64, AMD = "arm64-6.12", "amd-6.12"
+# Linux allocates for each pipe, and is interrupted more than a thousand times a second.
+PIPES = b"""
+import os, signal, sys, time
+signal.signal(signal.SIGALRM, lambda number, frame: None)
+signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0007)
+ends = time.monotonic() + float(sys.argv[1])
+while time.monotonic() < ends:
+    for end in os.pipe():
+        os.close(end)
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
 
 
 def test_every_host_has_a_name_of_its_own() -> None:
@@ -191,6 +202,18 @@ def test_a_host_that_hangs(machine: Machine, monkeypatch: pytest.MonkeyPatch) ->
         machine.run(Job(["/usr/bin/busybox", "sh", "-c", stop], seconds=1))
     with pytest.raises(HostError, match=r"^job: the host (is gone|ended)"):
         machine.run(Job(["true"]))
+
+
+@pytest.mark.hosts
+def test_an_amd_host_that_allocates() -> None:
+    """Where QEMU 7.2's CMPXCHG16B is used, this ends in a panic within six seconds."""
+    try:
+        built = start.Built(catalogue.find(AMD))
+    except Unreachable as error:
+        pytest.skip(f"the mirror is not reachable: {error}")
+    with start.restored(built) as amd:
+        result = amd.run(Job(["python3", "pipes.py", "8"], {"pipes.py": PIPES}, seconds=60))
+    assert result.status == 0, result.stderr.decode()
 
 
 @pytest.mark.hosts
