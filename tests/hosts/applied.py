@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Inside an x86 host: applies contracts by libkvmneg, runs a guest under each, and tells what KVM made of them.
 
-    python3 -m tests.hosts.applied      reads *.contract, writes out/applied.json and out/report.json, the host's report
+    python3 -m tests.hosts.applied SECONDS
+
+reads *.contract, writes out/applied.json, and out/report.json, the host's report. After SECONDS it tells where it
+stands, and ends.
 
 By each contract's name:
 
@@ -20,6 +23,7 @@ import fcntl
 import json
 import mmap
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,6 @@ from kvmneg.host.kvm import CpuidEntry, Kvm
 from tests.hosts import given
 
 PAGE = 4096
-SECONDS = 240  # of this host's own clock
 KVM_SET_USER_MEMORY_REGION, KVM_RUN = 0x4020AE46, 0xAE80
 _EXIT_REASON = struct.Struct("=8xI")  # struct kvm_run
 EXIT_HLT = 5
@@ -94,7 +97,8 @@ def extensions(kvm: Kvm, asked: list[str]) -> dict[str, int]:
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a guest that never leaves KVM_RUN is told where
+    # a guest that never leaves KVM_RUN is told where
+    faulthandler.dump_traceback_later(float(sys.argv[1]), exit=True)
     out = Path("out")
     with Kvm.open() as kvm:
         found = {path.stem: apply(kvm, path.read_bytes()) for path in sorted(Path().glob("*.contract"))}

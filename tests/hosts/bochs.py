@@ -195,4 +195,4 @@ class _Process:
                 why = f"Bochs ended ({self._process.returncode})" if over else "no answer in time"
                 raise HostError(step, why, self.console())
             time.sleep(POLL_SECONDS)
-        return collector.result
+        return collector.result._replace(console=self.console())

@@ -3,11 +3,22 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.hosts import catalogue
+from tests.hosts.machine import Machine
 
 FEW = ("arm64-6.12", "amd-6.12")
+MARGIN = 20.0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A host that hangs is told, with its log, before pytest's own limit, which ends the run and says only where."""
+    limit = float(item.config.getini("faulthandler_timeout"))
+    Machine.ends = time.monotonic() + limit - MARGIN
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

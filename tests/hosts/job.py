@@ -47,17 +47,24 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The exit status (124: its time was up), what was printed, the files of /job/out; `about` is the host."""
+    """The exit status (124: its time was up), what was printed, the files of /job/out; `about` is the host, `console`
+    all that its kernel printed.
+    """
 
     status: int
     stdout: bytes
     stderr: bytes
     files: dict[str, bytes]
     about: dict[str, str]
+    console: str = ""
 
     @property
     def text(self) -> str:
         return self.stdout.decode("utf-8", "replace")
+
+    def why(self) -> str:
+        """What tells why it failed: what it printed as errors, and the console."""
+        return f"status {self.status}\n{self.stderr.decode('utf-8', 'replace')}{self.console}"
 
 
 Listener = Callable[[str, bytes], None]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import select
 import shutil
 import socket
@@ -13,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 from ..packages.store import Store, Wanted
 from .catalogue import Host
@@ -80,6 +82,9 @@ def arguments(host: Host, append: str = "") -> list[str]:
 class Machine:
     """One running host; a context manager, which ends it. Raises HostError from every method."""
 
+    # No boot and no job goes on past this time.monotonic(): set by who is ended then, and would take the log along.
+    ends: ClassVar[float] = math.inf
+
     def __init__(self, host: Host, files: Sequence[str]) -> None:
         """Start QEMU; `files` are its arguments that name files: kernel and initramfs, or a saved machine."""
         self.host = host
@@ -133,7 +138,7 @@ class Machine:
 
     def wait_ready(self, seconds: float = BOOT_SECONDS) -> None:
         """Until the agent has said what it is."""
-        ends = time.monotonic() + seconds
+        ends, seconds = self._limit(seconds)
         while not self.about:
             message = self._message(ends, "boot", seconds)
             if message[0] == "ready":
@@ -148,13 +153,19 @@ class Machine:
             raise
 
     def _run(self, job: Job, listener: Listener | None, limit: float) -> Result:
-        ends = time.monotonic() + limit
+        ends, limit = self._limit(limit)
         packed = job.packed(self.boot_id)
         self._send(b"job %d\n" % len(packed) + packed, ends, limit)
         collector = Collector(self.about, listener)
         while collector.result is None:
             collector.take(*self._message(ends, "job", limit))
-        return collector.result
+        return collector.result._replace(console=self.console())
+
+    def _limit(self, seconds: float) -> tuple[float, float]:
+        """When it is, in time.monotonic(), and how long until then."""
+        now = time.monotonic()
+        ends = min(now + seconds, self.ends)
+        return ends, max(0.0, round(ends - now, 1))
 
     def _send(self, data: bytes, ends: float, limit: float) -> None:
         view = memoryview(data)

@@ -113,7 +113,7 @@ def run(machine: Machine, verb: str, more: dict[str, bytes]) -> Result:
     result = machine.run(
         Job(["python3", "-m", "tests.hosts.moved", verb], files, project.ENVIRONMENT, SECONDS)
     )
-    assert result.status == 0, result.stderr.decode()
+    assert result.status == 0, result.why()
     return result
 
 

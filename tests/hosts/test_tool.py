@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zlib
 from base64 import b64encode
 from pathlib import Path
@@ -21,14 +22,12 @@ import pytest
 from tests.hosts import cache, catalogue, cpio, inside, kernel, start
 from tests.hosts.errors import HostError
 from tests.hosts.job import Collector, Job, parse
-from tests.hosts.machine import arguments
+from tests.hosts.machine import Machine, arguments
 from tests.packages.errors import Unreachable
 from tests.packages.tree import Tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from tests.hosts.machine import Machine
 
 ARM64, AMD = "arm64-6.12", "amd-6.12"
 # Linux allocates for each pipe, and is interrupted more than a thousand times a second.
@@ -205,6 +204,14 @@ def test_a_host_that_hangs(machine: Machine, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.hosts
+def test_no_host_outlasts_the_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run ends sooner than a job's own limit, that counts: a later one would never be told."""
+    monkeypatch.setattr(Machine, "ends", time.monotonic() + 1)
+    with pytest.raises(HostError, match=r"^job: no answer within (0|1|0\.\d) s"):
+        machine.run(Job(["sleep", "1000"], seconds=600))
+
+
+@pytest.mark.hosts
 def test_an_amd_host_that_allocates() -> None:
     """Where QEMU 7.2's CMPXCHG16B is used, this ends in a panic within six seconds."""
     try:
@@ -213,7 +220,7 @@ def test_an_amd_host_that_allocates() -> None:
         pytest.skip(f"the mirror is not reachable: {error}")
     with start.restored(built) as amd:
         result = amd.run(Job(["python3", "pipes.py", "8"], {"pipes.py": PIPES}, seconds=60))
-    assert result.status == 0, result.stderr.decode()
+    assert result.status == 0, result.why()
 
 
 @pytest.mark.hosts
