@@ -2,7 +2,8 @@
 """Emulated hosts by hand.
 
     python -m tests.hosts list
-    python -m tests.hosts build [HOST …]                fetch and build what a host needs
+    python -m tests.hosts build [HOST[:CPU] …]          fetch what a host needs, boot it, and make its snapshot;
+                                                        "few": those of `make test`
     python -m tests.hosts run HOST [--cpu MODEL] -- COMMAND …
     python -m tests.hosts shell HOST
     python -m tests.hosts record HOST [--cpu MODEL]     write the host's report into tests/data/hosts
@@ -63,8 +64,13 @@ def _list() -> int:
 
 
 def _build(names: list[str]) -> int:
-    for name in names or [host.name for host in catalogue.hosts()]:
-        built = start.Built(catalogue.find(name))
+    if not names:
+        names = [host.name for host in catalogue.hosts()]
+    for name in catalogue.FEW if names == ["few"] else names:
+        host, _, cpu = name.partition(":")
+        built = start.Built(catalogue.find(host, cpu))
+        if built.host.emulator == "qemu":
+            start.snapshot(built)
         sys.stdout.write(f"{name}: Linux {built.kernel.release}\n")
     return 0
 

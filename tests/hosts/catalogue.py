@@ -31,6 +31,10 @@ INTEL_MODELS = (
 )
 
 
+# Those that `make test` runs in, as `tests.hosts build` takes them: HOST, or HOST:CPU.
+FEW = ("arm64-6.12", "amd-6.12", "arm64-6.12:neoverse-n1", "arm64-newest:neoverse-n1")
+
+
 class Host(NamedTuple):
     """One host: `cpu` is the emulator's name of the CPU, `emulator_version` "" for the installed one."""
 

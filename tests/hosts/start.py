@@ -65,16 +65,19 @@ def restored(built: Built) -> Iterator[Machine]:
     Clock, entropy and boot id are new with the first job; all else is the same in each: addresses, process
     numbers, what the kernel measured at boot.
     """
-    snapshot = cache.made(
-        f"snapshot-{'-'.join(built.host.parts())}", built.key, lambda path: _save(built, path), 1
-    )
-    with _from(built, snapshot) as machine:
+    with _from(built, snapshot(built)) as machine:
         yield machine
 
 
+def snapshot(built: Built) -> Path:
+    """The file with it, which a boot makes where it is missing: half a minute, more on a busy machine."""
+    kind = f"snapshot-{'-'.join(built.host.parts())}"
+    return cache.made(kind, built.key, lambda path: _save(built, path), 1)
+
+
 @contextmanager
-def _from(built: Built, snapshot: Path) -> Iterator[Machine]:
-    incoming = ["-kernel", str(built.kernel.image), "-incoming", f"exec:cat {shlex.quote(str(snapshot))}"]
+def _from(built: Built, saved: Path) -> Iterator[Machine]:
+    incoming = ["-kernel", str(built.kernel.image), "-incoming", f"exec:cat {shlex.quote(str(saved))}"]
     with Machine(built.host, incoming) as machine:
         _wait(machine, "query-status", "paused", ("inmigrate",), "restore")
         machine.qmp("cont")

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.hosts import cache, catalogue, cpio, inside, kernel, start
+from tests.hosts import cache, catalogue, conftest, cpio, inside, kernel, start, test_moves, test_moves_arm64
 from tests.hosts.errors import HostError
 from tests.hosts.job import Collector, Job, parse
 from tests.hosts.machine import Machine, arguments
+from tests.hosts.test_rollback_experiment import N1
 from tests.packages.errors import Unreachable
 from tests.packages.tree import Tree
 
@@ -50,6 +51,14 @@ def test_every_host_has_a_name_of_its_own() -> None:
     assert catalogue.find(ARM64, "neoverse-n1").cpu == "neoverse-n1"
     with pytest.raises(HostError, match=r"no host amd-2\.6; there are: .*amd-6\.12"):
         catalogue.find("amd-2.6")
+
+
+def test_the_few_are_all_that_a_run_needs() -> None:
+    """What `make test` builds before: a first boot within a test would count to the test's time."""
+    cpu, *lines = test_moves_arm64.FEW
+    needed = {*conftest.FEW, ARM64, AMD, test_moves.FEW, *(f"arm64-{line}:{cpu}" for line in lines)}
+    needed |= {f"arm64-{line}:{N1[0].cpu}" for line in (N1[0].newer, N1[0].older)}
+    assert needed == set(catalogue.FEW)
 
 
 def test_an_archive_is_what_tar_reads(tmp_path: Path) -> None:
