@@ -15,6 +15,7 @@ case ${1:-} in
     test | hosts)
         packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user scdoc mandoc shellcheck procps g++ gpg gpg-agent gpgv apt-utils libjson-c-dev)
         packages+=(clang libclang-rt-dev) # the fuzzers of tests/fuzz
+        packages+=(systemd) # journalctl reads the message catalogue
         # the hosts of tests/hosts, of either architecture
         packages+=(qemu-system-arm qemu-system-x86)
         ;;
