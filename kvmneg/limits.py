@@ -83,6 +83,7 @@ UEVENT_BYTES = 8 * 1024  # the kernel's own limit is 2 KiB of variables (UEVENT_
 UEVENTS_PER_TURN = 64  # read in one turn of the loop
 UEVENT_TURNS = 64  # of those, before an answer about VMs; where more wait, all processes are looked at
 LOOK_SLICE_SECONDS = 0.005  # of looking for VMs through /proc, in one turn of the loop
+STRANGER_SECONDS = 2.0  # for a VM monitor that has a VM to begin its contract, before it is told of
 UNKNOWN_GUESTS = 16384  # processes with a VM that nobody negotiated for
 WAIVERS = 1024  # unknown guests of one boot that do not block
 GUEST_NAME_CHARACTERS = 256  # of what a command line calls a guest

@@ -85,15 +85,19 @@ class Acceptor:
         uid = connection.peer.uid
         count = self._per_uid.get(uid, 0)
         if self._server.connections >= limits.CONNECTIONS:
-            _refuse(connected, LimitExceeded("CONNECTIONS", limits.CONNECTIONS))
+            self._refuse(connection, LimitExceeded("CONNECTIONS", limits.CONNECTIONS))
         elif count >= limits.CONNECTIONS_PER_UID:
-            _refuse(connected, LimitExceeded("CONNECTIONS_PER_UID", limits.CONNECTIONS_PER_UID))
+            self._refuse(connection, LimitExceeded("CONNECTIONS_PER_UID", limits.CONNECTIONS_PER_UID))
         else:
             self._per_uid[uid] = count + 1
             self._new[connection] = self._server.clock() + limits.FIRST_CALL_SECONDS
             if self._silence is None:
                 self._silence = self._server.after(limits.FIRST_CALL_SECONDS, self._close_silent)
             self._server.add_connection(connection)
+
+    def _refuse(self, connection: Connection, error: LimitExceeded) -> None:
+        _refuse(connection.socket, error)
+        self._server.guarded(lambda: self._server.on_limit(error, connection.peer))
 
     def adopt(self, fd: int) -> Connection:
         """Serve a connection that an earlier daemon served: it takes the descriptor over, and may be silent.

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from kvmneg.errors import NoKvm
 from kvmneg.features.featureset import diff
 from kvmneg.policy import combos
+from kvmneg.service import journal, telling
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,12 +43,46 @@ def told(before: Report | None, after: Report | None, why_not: KvmnegError | Non
     return lines
 
 
-def at_start(node: Node) -> list[str]:
-    """What is another than when this host was measured last, by whatever daemon. Raises StoreError, BadInput."""
+def tell(before: Report | None, after: Report | None, why_not: KvmnegError | None = None) -> None:
+    """Tell it to the journal, where there is something to tell."""
+    lines = told(before, after, why_not)
+    if not lines:
+        return
+    if after is None:
+        telling.unmeasured(why_not or NoKvm("not measured"), lines[0])
+        return
+    digests = {"host_digest": after.digest(), "combo_digest": after.combo_digest()}
+    if before is None:
+        journal.event("host-measured", *lines, **digests)
+        return
+    inputs = combos.for_people([one.name for one in combos.between(before.combo, after.combo)])
+    lost, gained, other = _moved(before, after)
+    told_of = {"inputs": inputs, "lost": lost, "gained": gained, "changed": other}
+    journal.event("host-changed", *lines, **digests, **{name: some or None for name, some in told_of.items()})
+
+
+def before_start(node: Node) -> Report | None:
+    """What this host was when it was measured last, by whatever daemon, if that was something else.
+
+    Raises StoreError, BadInput.
+    """
     from kvmneg.service.rolls import opened  # only where something changed
 
     last = node.store.rolls.before(node.report.digest()) if node.news else None
-    return told(opened(last, last.at), node.report) if last else []
+    return opened(last, last.at) if last else None
+
+
+def _moved(before: Report, after: Report) -> tuple[list[str], list[str], list[str]]:
+    """The names of what is offered no more, what besides, and what with another value."""
+    if before.architecture != after.architecture:
+        return [], [], []
+    rows = list(diff(before.offer, after.offer))
+    bits = [row for row in rows if row.width == 1]
+    return (
+        [row.feature for row in bits if row.a],
+        [row.feature for row in bits if row.b],
+        [row.feature for row in rows if row.width > 1],
+    )
 
 
 def _offers(rows: Sequence[Difference]) -> list[str]:

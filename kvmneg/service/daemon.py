@@ -19,9 +19,11 @@ from kvmneg.service import options, systemd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from kvmneg.errors import LimitExceeded
     from kvmneg.features.report import Report
     from kvmneg.service.node import Measurer, Node
     from kvmneg.service.options import Options
+    from kvmneg.service.peer import Peer
     from kvmneg.service.proofs import Prover
     from kvmneg.service.varlink import Server
     from kvmneg.service.vmms import VmmLookup
@@ -88,12 +90,14 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
         router.attach(server)
         server.on_internal_error = _print_internal_error
         server.on_trouble = _print_trouble
+        server.on_limit = _tell_limit
         _schedule(server, node)
         node.leases.start(server)
-        server.after(_LATER_SECONDS, lambda: node.unknown.start(server))
+        server.after(_LATER_SECONDS, lambda: _follow_strangers(server, node))
         node.changed.append(lambda: _tell_systemd(node))
         _tell_changes(server, node)
         _announce(node)
+        server.after(_LATER_SECONDS, lambda: _tell_start(node))
         for one in later:
             one.start(server, node)
         copier = Copier(server, node, _print_trouble)
@@ -227,28 +231,37 @@ def _raise_descriptor_limit() -> None:
 def _announce(node: Node) -> None:
     systemd.ready(_status(node))
     if node.state in _TROUBLE:
-        sys.stderr.write(f"kvmnegd: {_trouble_of(node)}\n")
+        _tell_state(node)
 
 
 def _tell_changes(server: Server, node: Node) -> None:
-    """What a new measurement changed, into the journal. What the fence makes of it kvmneg.service.levels tells."""
-    last = _report_of(node)
+    """What a new measurement changed, and whether changes are written, into the journal.
+
+    What the fence makes of a measurement kvmneg.service.levels tells.
+    """
+    last, failed = _report_of(node), node.store.fault is not None
 
     def tell() -> None:
-        nonlocal last
+        nonlocal last, failed
+        fault = node.store.fault
+        if failed != (fault is not None):
+            failed = fault is not None
+            from kvmneg.service import telling  # no start needs it
+
+            telling.store(fault)
         before, last = last, _report_of(node)
         if before is last:
             return
         from kvmneg.service import changes  # no start needs it
 
-        for line in changes.told(before, last, _why_not(node)):
-            _print_trouble(line)
+        changes.tell(before, last, _why_not(node))
 
     def tell_of_start() -> None:
         from kvmneg.service import changes
 
-        for line in changes.at_start(node):
-            _print_trouble(line)
+        before = changes.before_start(node)
+        if before is not None:
+            changes.tell(before, node.report)
 
     node.changed.append(tell)
     if node.news:
@@ -267,17 +280,45 @@ def _why_not(node: Node) -> KvmnegError | None:
     return None
 
 
-def _trouble_of(node: Node) -> str:
+def _tell_state(node: Node) -> None:
+    """Why no contract is given."""
     from kvmneg.policy import coverage
+    from kvmneg.service import telling
 
     if node.store.fault is not None:
-        return str(node.store.fault)
+        telling.store(node.store.fault)
+        return
     try:
-        node.fence  # noqa: B018 (it raises its reason, like the next)
+        node.fence  # noqa: B018 (it raises its reason)
+    except KvmnegError as error:
+        telling.trouble(str(error))
+        return
+    try:
         coverage.require(node.report)
     except KvmnegError as error:
-        return str(error)
-    return "this host offers less than the pinned fence: no new contract is given; see `kvmneg fence show`"
+        telling.unmeasured(error, str(error))
+        return
+    lost = list(dict.fromkeys(one.feature for one in node.below))
+    telling.breached(node.report.host, node.report.combo_digest(), node.generation, lost)
+
+
+def _tell_start(node: Node) -> None:
+    from kvmneg.service import telling  # when the calls that wait have their answers
+
+    telling.started(node, _status(node))
+
+
+def _follow_strangers(server: Server, node: Node) -> None:
+    from kvmneg.service.telling import Strangers  # as in _tell_start
+
+    Strangers(server, node.unknown)
+    node.unknown.start(server)
+
+
+def _tell_limit(error: LimitExceeded, peer: Peer) -> None:
+    from kvmneg.service import telling  # rarely
+
+    telling.limit(error, peer)
 
 
 def _status(node: Node) -> str:
@@ -314,7 +355,9 @@ def _print_internal_error(error: BaseException) -> None:
 
 
 def _print_trouble(text: str) -> None:
-    sys.stderr.write(f"kvmnegd: {text}\n")
+    from kvmneg.service import telling  # where there is any
+
+    telling.trouble(text)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.leases import Holding
 from kvmneg.policy.level import Level, Proposal, ceiling, held_back
 from kvmneg.policy.members import MEMBER, Measured, Member
+from kvmneg.service import telling
 from kvmneg.store.interface import Audit
 
 TYPE_CHECKING = False
@@ -197,11 +198,7 @@ def _judge(node: Standing, report: Report) -> None:
         "features": names[: limits.FEATURES_NAMED],
         "count": len(names),
     }
-    node.tell_trouble(
-        f"{report.host} offers less than fence generation {node.generation} promises: {', '.join(names[:8])}"
-        if low
-        else f"{report.host} offers again what fence generation {node.generation} promises"
-    )
+    telling.breached(report.host, report.combo_digest(), node.generation, names)
     node.store.levels.breached(bool(low), detail, daemon_audit("a measurement"))
 
 

@@ -18,7 +18,7 @@ from kvmneg.features.featureset import FeatureSet, meet
 from kvmneg.policy import coverage, fence, guards, pinning, plans
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.level import LOWER, RAISE, Level
-from kvmneg.service import levels
+from kvmneg.service import levels, telling
 from kvmneg.store.interface import FenceRow, ProposalRow
 from kvmneg.store.levels import Change
 
@@ -67,6 +67,7 @@ def pin(
         return FenceRow(node.generation + 1, wanted.digest, wanted.text(), *who)
     row = node.store.pin(wanted.text(), wanted.digest, expected_generation=expected, audit=audit)
     node.moved(_at(wanted, row.generation), row.generation)
+    telling.moved("fence-pinned", node, audit)
     return row
 
 
@@ -88,6 +89,7 @@ def unpin(node: Node, expected: int | None, audit: Audit, *, dry_run: bool = Fal
     node.moved(None, generation)
     if node.last_report is not None and any(member.roll for member in level.members):
         levels.settle(node, node.last_report, roll_changed=True)
+    telling.moved("fence-unpinned", node, audit)
     return generation
 
 
@@ -121,6 +123,7 @@ def raise_(
         change = Change(step.action, {**step.detail, **_told(planned)})
         node.store.levels.propose(change, row, expected_generation=expected, audit=audit)
         node.moved(node.fence, node.generation, RAISE)
+        telling.moved("fence-proposed", node, audit)
     return _reply(node, planned)
 
 
@@ -151,6 +154,7 @@ def lower(
         )
         generation = node.store.levels.propose(change, row, expected_generation=expected, audit=audit)
         node.moved(_at(wanted, generation), generation, LOWER)
+        telling.moved("fence-lowered", node, audit, urgent=urgent)
     return _reply(node, planned)
 
 
@@ -189,6 +193,7 @@ def commit(
             Change(step.action, step.detail, moved, left), expected_generation=expected, audit=audit
         )
         node.moved(_at(after, generation), generation)
+        telling.moved("fence-raised" if raised else "fence-settled", node, audit)
     return _reply(node, planned)
 
 
@@ -217,6 +222,7 @@ def abort(
             Change(step.action, step.detail, moved), expected_generation=expected, audit=audit
         )
         node.moved(_at(back, generation), generation)
+        telling.moved("fence-aborted", node, audit)
     return _reply(node, planned)
 
 

@@ -9,7 +9,7 @@ VOLATILE_SECONDS without having looked again whether the host changed.
 from __future__ import annotations
 
 from kvmneg import limits
-from kvmneg.errors import Blocked
+from kvmneg.errors import Blocked, KvmnegError
 from kvmneg.service import guests, introspection, parameters
 from kvmneg.service.interfaces import CACHEABLE, Interfaces
 from kvmneg.service.shares import Shares
@@ -60,6 +60,18 @@ class Router(Dispatch):
         self._server = server
 
     def call(
+        self, connection: Connection, method: str, given: dict[str, Any], more: bool, oneway: bool
+    ) -> bytes | None:
+        try:
+            return self._call(connection, method, given, more, oneway)
+        except KvmnegError as no:
+            from kvmneg.service import telling  # a yes needs no word
+
+            dry_run = bool(given.get("dryRun"))
+            telling.refused(method, connection.peer, no, self._node.generation, dry_run=dry_run)
+            raise
+
+    def _call(
         self, connection: Connection, method: str, given: dict[str, Any], more: bool, oneway: bool
     ) -> bytes | None:
         fields = _fields(method)

@@ -164,10 +164,6 @@ class Standing:
             elif not self._floats:
                 self._fence_fault = error
 
-    def tell_trouble(self, text: str) -> None:
-        """Tell who runs the daemon."""
-        self._on_trouble(text)
-
     def _tell(self) -> None:
         for function in self.changed:
             function()

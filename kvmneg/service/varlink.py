@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from kvmneg.service.peer import Peer
+
 __all__ = (
     "Connection", "Dispatch", "ExpectedMore", "InterfaceNotFound", "InvalidParameter", "MethodNotFound",
     "MethodNotImplemented", "Server", "ServiceError", "Subscriptions", "error_reply", "reply",
@@ -85,6 +87,8 @@ class Server(Loop):
         super().__init__(clock)
         # no descriptors left; called once in a while, however often it happens
         self.on_trouble: Callable[[str], None] = lambda text: None
+        # a peer went over a limit of the transport: each time
+        self.on_limit: Callable[[LimitExceeded, Peer], None] = lambda error, peer: None
         self._limits = limits
         self._dispatch = dispatch
         self._connections: dict[int, Connection] = {}
@@ -199,7 +203,9 @@ class Server(Loop):
             end = buffer.find(0, start)
         connection.buffer = buffer[start:]
         if (end if end >= 0 else len(buffer)) - start > limits.CALL_BYTES:
-            connection.drop(LimitExceeded("CALL_BYTES", limits.CALL_BYTES, "one call was longer"))
+            error = LimitExceeded("CALL_BYTES", limits.CALL_BYTES, "one call was longer")
+            connection.drop(error)
+            self.guarded(lambda: self.on_limit(error, connection.peer))
         self._settle(connection)
 
     def _answer(self, connection: Connection, call: bytes) -> bytes | None:

@@ -217,11 +217,19 @@ def test_accept_takes_no_more_than_its_turn():
         def watch_fd(self, _fd, callback):
             self.callback = callback
 
+        def guarded(self, callback):
+            callback()
+
+        def on_limit(self, error, peer):
+            told.append((error.fields["limit"], peer.uid))
+
+    told = []
     listener, server = Listener(), Server()
     bounds = SimpleNamespace(ACCEPT_PER_TURN=7, CONNECTIONS=0, CONNECTIONS_PER_UID=1)
     acceptor = Acceptor(server, listener, bounds)
     server.callback()
     assert listener.accepted == 7
+    assert told == [("CONNECTIONS", os.getuid())] * 7
     os.close(acceptor._spare)
 
 
