@@ -19,7 +19,7 @@ from kvmneg import limits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _VM_LINKS = ("anon_inode:kvm-vm", "anon_inode:kvm-vcpu:")
 _HIDING = frozenset(("hidepid=2", "hidepid=invisible", "hidepid=4", "hidepid=ptraceable"))
@@ -178,27 +178,19 @@ class Event(NamedTuple):
 
 
 class Events:
-    """KVM's uevents, from the kernel's own netlink group. Raises OSError where there is none to be had."""
+    """KVM's uevents; every other that came goes to `on_other`. Raises OSError where there are none to be had."""
 
     def __init__(self) -> None:
-        import socket  # a daemon has it; `kvmneg host` need not
+        from kvmneg.host.uevents import Uevents  # a daemon has it; `kvmneg host` need not
 
-        self._socket = socket.socket(
-            socket.AF_NETLINK,
-            socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
-            15,  # NETLINK_KOBJECT_UEVENT, which Python's socket does not name
-        )
-        try:
-            self._socket.bind((0, 1))  # group 1 is the kernel's, 2 is udev's
-        except BaseException:
-            self._socket.close()
-            raise
+        self.on_other: Callable[[bytes], None] = lambda message: None
+        self._uevents = Uevents()
 
     def fileno(self) -> int:
-        return self._socket.fileno()
+        return self._uevents.fileno()
 
     def close(self) -> None:
-        self._socket.close()
+        self._uevents.close()
 
     def waits(self) -> bool:
         """Whether there is more to read: messages of all devices come here."""
@@ -209,23 +201,16 @@ class Events:
         return bool(poll.poll(0))
 
     def read(self) -> tuple[list[Event], bool]:
-        """What came of KVM's events, at most UEVENTS_PER_TURN messages; and whether some were lost.
-
-        The kernel drops messages where the queue is full (ENOBUFS): then only a new look tells what there is.
-        """
+        """What came of KVM's events, at most UEVENTS_PER_TURN messages; and whether some were lost."""
         events: list[Event] = []
-        for _ in range(limits.UEVENTS_PER_TURN):
-            try:
-                message, sender = self._socket.recvfrom(limits.UEVENT_BYTES)
-            except BlockingIOError:
-                break
-            except OSError:  # ENOBUFS
-                return events, True
-            if sender[0] == 0:  # of the kernel: whoever has CAP_NET_ADMIN may send here too
-                event = parse(message)
-                if event is not None:
-                    events.append(event)
-        return events, False
+        messages, lost = self._uevents.read()
+        for message in messages:
+            event = parse(message)
+            if event is not None:
+                events.append(event)
+            else:
+                self.on_other(message)
+        return events, lost
 
 
 def parse(message: bytes) -> Event | None:

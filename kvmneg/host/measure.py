@@ -71,11 +71,23 @@ class Measurer:
 
     def measure(self) -> Report:
         """Measure now. Raises NoKvm, KvmFault."""
+        self.mark()
+        return self.take()
+
+    def mark(self) -> None:
+        """Take the inputs as they are now: those of the measurement that follows, here or in a child."""
         self._volatile.mark()
+
+    def doubt(self) -> None:
+        """The measurement that was marked came to nothing: `changed` is true until the next mark."""
+        self._volatile.forget()
+
+    def take(self) -> Report:
+        """Measure what was marked. Raises NoKvm, KvmFault."""
         try:
             return self._report()
         except KvmnegError:
-            self._volatile.forget()
+            self.doubt()
             raise
 
     def _report(self) -> Report:

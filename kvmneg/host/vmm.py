@@ -35,6 +35,7 @@ _KNOWN = {
     "libvirtd": ("libvirt", ("--version",)),
     "virtqemud": ("libvirt", ("--version",)),
 }
+NAMES = frozenset(_KNOWN)
 _VERSION_SECONDS = 5.0
 _VERSION_BYTES = 64 * 1024
 _CACHE_BYTES = 1024 * 1024
@@ -89,12 +90,12 @@ def stamps(cache: str, builds: Sequence[Mapping[str, str]] = (), folders: Sequen
     """
     return (
         _stamp_or_none(cache),
-        [_stamp_or_none(folder) for folder in _searched(folders)],
+        [_stamp_or_none(folder) for folder in searched(folders)],
         [_stamp_or_none(build["path"]) for build in builds],
     )
 
 
-def _searched(folders: Sequence[str]) -> Iterable[str]:
+def searched(folders: Sequence[str] = FOLDERS) -> Iterable[str]:
     """The folders of PATH and `folders`, each once."""
     # a relative folder in PATH would be the caller's, whoever that is
     on_path = [folder for folder in os.environ.get("PATH", "").split(":") if folder.startswith("/")]
@@ -104,7 +105,7 @@ def _searched(folders: Sequence[str]) -> Iterable[str]:
 def _binaries(folders: Sequence[str]) -> Iterator[str]:
     """Real paths of the VMMs in PATH and `folders`, each once, at most limits.VMM_BUILDS."""
     seen: set[str] = set()
-    for folder in _searched(folders):
+    for folder in searched(folders):
         for name in _KNOWN:
             path = os.path.realpath(f"{folder}/{name}")
             if path not in seen and os.path.basename(path) in _KNOWN and _may_start(path):

@@ -26,7 +26,7 @@ class Connection:
 
     __slots__ = (
         "buffer", "busy", "closed", "ended", "fd", "interest", "latest", "more", "moved", "new", "on_closed",
-        "on_release", "peer", "queue", "queued", "raw", "recv", "send", "server", "socket", "waits", "warm",
+        "on_release", "parked", "peer", "queue", "queued", "raw", "recv", "send", "server", "socket", "waits", "warm",
     )  # fmt: skip
 
     def __init__(self, server: Server, connected: socket.socket) -> None:
@@ -50,6 +50,7 @@ class Connection:
         self.more = False  # the call being answered allows several replies
         self.busy = False  # held by a call whose last reply is to come
         self.waits = False  # its turn was over before its calls were
+        self.parked = False  # waits, and not for its turn: its next call cannot be answered yet
         self.ended = False  # the peer sends no more
         self.closed = False
         self.on_release: Callable[[Connection], None] | None = None

@@ -19,6 +19,8 @@ from kvmneg.service import options, systemd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvmneg.errors import LimitExceeded
     from kvmneg.features.report import Report
     from kvmneg.service.node import Measurer, Node
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from kvmneg.service.varlink import Server
     from kvmneg.service.vmms import VmmLookup
 
-_KEEP_UP_SECONDS = 30.0
 # Not before the calls that wait have their answers.
 _LATER_SECONDS = 1.0
 _TROUBLE = ("unmeasured", "breached", "unreadable", "readonly")
@@ -98,6 +99,8 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
         _tell_changes(server, node)
         _announce(node)
         server.after(_LATER_SECONDS, lambda: _tell_start(node))
+        if not arguments.report:
+            server.after(_LATER_SECONDS, lambda: _watch(server, node, measurer, arguments.kvm))
         for one in later:
             one.start(server, node)
         copier = Copier(server, node, _print_trouble)
@@ -214,7 +217,7 @@ def _schedule(server: Server, node: Node) -> None:
     seconds = systemd.watchdog_seconds()
     if seconds:
         server.every(seconds, _watchdog)
-    server.every(_KEEP_UP_SECONDS, node.keep_up)
+    server.every(limits.WATCH_POLL_SECONDS, node.keep_up)
 
 
 def _raise_descriptor_limit() -> None:
@@ -313,6 +316,16 @@ def _follow_strangers(server: Server, node: Node) -> None:
 
     Strangers(server, node.unknown)
     node.unknown.start(server)
+
+
+def _watch(server: Server, node: Node, measurer: Any, path: str) -> None:
+    """The first measurement was made here, and so are those before this: no client waits for the modules."""
+    from kvmneg.service.again import Again
+    from kvmneg.service.watch import Watcher
+
+    node.again = Again(server, node, measurer, path)
+    node.again.done.append(server.unpark)
+    Watcher(server, node, path).start()
 
 
 def _tell_limit(error: LimitExceeded, peer: Peer) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kvmneg.features.report import Report
     from kvmneg.policy.negotiation import Answer
     from kvmneg.policy.request import Request
+    from kvmneg.service.again import Again
     from kvmneg.service.connection import Connection
     from kvmneg.service.contracts import ContractFiles
     from kvmneg.service.descriptors import Descriptors
@@ -72,6 +73,8 @@ class Node(Standing):
         self._unrecorded = False  # the report is not in the store yet
         self.news = False  # the report was not the one that was recorded last
         self._measurer = measurer
+        self.again: Again | None = None  # measures again, once there is a loop
+        self.doubted: list[Callable[[], None]] = []  # called when an input was seen to have changed
         self._why_not: KvmnegError = NoKvm("not measured yet")
         # Wall time anchored once and counted on: a clock that is set does not move the leases' deadlines,
         # and time asleep counts.
@@ -98,6 +101,9 @@ class Node(Standing):
 
     def measure(self) -> None:
         """Measure again; a host that cannot be measured keeps the reason and grants nothing."""
+        if self.again is not None:
+            self.again.now()
+            return
         before = self._report
         self._report, self._why_not = None, KvmnegError("an internal error while this host was measured")
         try:
@@ -106,13 +112,32 @@ class Node(Standing):
         except KvmnegError as error:
             self._why_not = error
         finally:  # a fault of ours too leaves a host that is not measured, never an old report
-            if (before and before.canonical()) != (self._report and self._report.canonical()):
-                self._unrecorded = True
-                self._low = None
-                self._record()
-                self.settle()
-                self._tell()
+            self._measured(before)
+
+    def measure_again(self) -> None:
+        """As `measure`, but where a child can do it nobody waits: something is known that was not."""
+        if self.again is not None:
+            self.again.begin()
+        else:
+            self.measure()
+
+    def adopt(self, report: Report | None, why_not: KvmnegError | None) -> None:
+        """What somebody else measured, or why that failed."""
+        before, self._report = self._report, report
+        if report is not None:
+            self.measurements += 1
+        elif why_not is not None:
+            self._why_not = why_not
+        self._measured(before)
+
+    def _measured(self, before: Report | None) -> None:
+        if (before and before.canonical()) != (self._report and self._report.canonical()):
+            self._unrecorded = True
+            self._low = None
             self._record()
+            self.settle()
+            self._tell()
+        self._record()
 
     def _record(self) -> None:
         """Keep the report for the record. A full disk does not make a host that was measured useless."""
@@ -130,8 +155,13 @@ class Node(Standing):
             self._unrecorded = False
 
     def refresh(self, *, fresh: bool = False) -> None:
-        """Measure again where an input changed; inputs are looked at once a second, with `fresh` now."""
-        if self._report is None or self._measurer.changed(fresh=fresh):
+        """Measure again where an input changed; inputs are looked at once a second, with `fresh` now.
+
+        Raises kvmneg.service.again.Measuring, with `fresh`, while a child measures.
+        """
+        if self.again is not None:
+            self.again.refresh(fresh=fresh)
+        elif self._report is None or self._measurer.changed(fresh=fresh):
             self.measure()
 
     @property

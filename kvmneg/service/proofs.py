@@ -80,7 +80,7 @@ class Prover:
             self._waiting = False
             self._kept = proof.known(self._cache)
             if node.combo_digest == digest and digest in self._kept:
-                node.measure()
+                node.measure_again()
             self._later()  # the combo may have moved meanwhile
 
         loop.watch_fd(descriptor, take_up)

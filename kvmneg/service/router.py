@@ -17,6 +17,7 @@ from kvmneg.service.varlink import (
     Dispatch,
     ExpectedMore,
     InterfaceNotFound,
+    Later,
     Subscriptions,
     error_reply,
     reply,
@@ -53,6 +54,7 @@ class Router(Dispatch):
         # a call that is known costs this one look into a dictionary
         self.cached = self._replies.get  # type: ignore[method-assign, assignment]
         node.changed.append(self._forget)
+        node.doubted.append(self._doubt)
         node.offers.on_forgotten = self._forget_offer
 
     def attach(self, server: Server) -> None:
@@ -66,7 +68,10 @@ class Router(Dispatch):
             return self._call(connection, method, given, more, oneway)
         except KvmnegError as no:
             from kvmneg.service import telling  # a yes needs no word
+            from kvmneg.service.again import Measuring
 
+            if isinstance(no, Measuring):
+                raise Later from no
             dry_run = bool(given.get("dryRun"))
             telling.refused(method, connection.peer, no, self._node.generation, dry_run=dry_run)
             raise
@@ -143,6 +148,11 @@ class Router(Dispatch):
         self._fresh_until = server.clock() + limits.VOLATILE_SECONDS
         # one-shot, and only while somebody asks: an idle daemon does not wake up
         server.after(limits.VOLATILE_SECONDS, self._replies.clear)
+
+    def _doubt(self) -> None:
+        """Nothing is given out without a look, which waits for the measurement."""
+        self._replies.clear()
+        self._fresh_until = 0.0
 
     def _forget(self) -> None:
         self._replies.clear()

@@ -63,6 +63,8 @@ class UnknownGuests:
         events: Callable[[], guests.Events] = guests.Events,
     ) -> None:
         self.on_found: Callable[[Process], None] = lambda process: None  # told of each that comes
+        # told of each uevent that is none of KVM's VMs, and of None where some were lost
+        self.on_uevent: Callable[[bytes | None], None] = lambda message: None
         self.accounted = accounted
         self._waivers = waivers
         self._proc = proc
@@ -90,6 +92,7 @@ class UnknownGuests:
                 _LOOK_AGAIN_SECONDS, self._begin_look
             )  # a network namespace without the kernel's events
         else:
+            self._events.on_other = self._other
             loop.watch_fd(self._events.fileno(), self._take_events)
         loop.after(0.0, self._begin_look)
 
@@ -127,6 +130,9 @@ class UnknownGuests:
                 self._add(process)
         return done
 
+    def _other(self, message: bytes) -> None:
+        self.on_uevent(message)
+
     def _take_events(self) -> None:
         assert self._events is not None
         events, lost = self._events.read()
@@ -137,6 +143,7 @@ class UnknownGuests:
                 if process is not None:
                     self._add(process)
         if lost:
+            self.on_uevent(None)
             self._looked, self._look = False, None
             self._begin_look()
 

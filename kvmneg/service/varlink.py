@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from kvmneg.service.peer import Peer
 
 __all__ = (
-    "Connection", "Dispatch", "ExpectedMore", "InterfaceNotFound", "InvalidParameter", "MethodNotFound",
+    "Connection", "Dispatch", "ExpectedMore", "InterfaceNotFound", "InvalidParameter", "Later", "MethodNotFound",
     "MethodNotImplemented", "Server", "ServiceError", "Subscriptions", "error_reply", "reply",
 )  # fmt: skip
 
@@ -49,6 +49,10 @@ _EVENTS_PER_TURN = 64
 _INTERNAL = error_reply(
     KvmnegError.varlink, {"message": "an internal error of kvmnegd", "hint": "its log has more"}
 )
+
+
+class Later(Exception):
+    """A call cannot be answered yet. It is made again at `Server.unpark`; until then its connection waits."""
 
 
 class Dispatch:
@@ -67,7 +71,7 @@ class Dispatch:
     ) -> bytes | None:
         """The reply; None where the method holds the connection (`Connection.hold`) and answers later.
 
-        Raises KvmnegError or ServiceError, which become error replies; anything else becomes org.kvmneg.Internal
+        Raises KvmnegError or ServiceError, which become error replies, Later; anything else becomes org.kvmneg.Internal
         and is reported, its text is not sent. `connection.raw` has the call's bytes, the key for `cached`.
         """
         raise NotImplementedError
@@ -93,6 +97,7 @@ class Server(Loop):
         self._dispatch = dispatch
         self._connections: dict[int, Connection] = {}
         self._backlog: deque[Connection] = deque()  # with calls left over from their turn
+        self._parked: list[Connection] = []
         self._stopping = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.watch_fd(self._wake, lambda: None)  # never read: it says that the loop is to end
@@ -167,7 +172,7 @@ class Server(Loop):
             except OSError:
                 data = b""
             self._received(connection, data)
-        elif events & _GONE and not connection.waits:
+        elif events & _GONE and (connection.parked or not connection.waits):
             self.close_connection(connection)  # nothing is being read that would say so
 
     def _received(self, connection: Connection, data: bytes) -> None:
@@ -193,13 +198,15 @@ class Server(Loop):
             if connection.new:
                 self.acceptor.called(connection)
             call = buffer[start : end + 1]
-            start = end + 1
             reply = cached(call)
             if reply is None:
                 reply = self._answer(connection, call)
+                if connection.parked:
+                    break
                 budget = 0  # it was work: the others first
             if reply is not None:
                 self.transmit(connection, reply)
+            start = end + 1
             end = buffer.find(0, start)
         connection.buffer = buffer[start:]
         if (end if end >= 0 else len(buffer)) - start > limits.CALL_BYTES:
@@ -221,6 +228,10 @@ class Server(Loop):
             reply = self._dispatch.call(connection, method, parameters, more, oneway)
             if reply is None and not connection.busy and not oneway:
                 raise RuntimeError(f"{method} gave no reply")
+        except Later:
+            connection.parked = connection.waits = True
+            self._parked.append(connection)
+            return None
         except Exception as error:
             reply = self._failed(connection, error)
         return None if oneway or connection.closed else reply
@@ -293,6 +304,13 @@ class Server(Loop):
             connection.waits = True
             self._backlog.append(connection)
             self._settle(connection)
+
+    def unpark(self) -> None:
+        """Answer the calls that were put off by Later; once more, where they are put off again."""
+        parked, self._parked = self._parked, []
+        for connection in parked:
+            connection.parked = connection.waits = False
+            self.resume(connection)
 
     def _work_off(self) -> None:
         until = self.clock() + self._limits.TURN_SECONDS

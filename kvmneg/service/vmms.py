@@ -42,12 +42,25 @@ class VmmLookup:
 
     def measure(self) -> Report:
         """Measure now, with the builds that are known now. Raises NoKvm, KvmFault."""
+        self.mark()
+        return self.take()
+
+    def mark(self) -> None:
+        """Take the inputs as they are now, with the builds that are known now."""
         if self._now() != self._stamps:
             self._take_stock()
             if not vmm.settled(self._cache):
                 self._look_up_later()
         self._changed = False
-        return self._measurer.measure()
+        self._measurer.mark()
+
+    def take(self) -> Report:
+        """Measure what was marked. Raises NoKvm, KvmFault."""
+        return self._measurer.take()
+
+    def doubt(self) -> None:
+        """The measurement that was marked came to nothing."""
+        self._measurer.doubt()
 
     def changed(self, *, fresh: bool = False) -> bool:
         """Whether an input of a measurement changed, a build among them (kvmneg.host.volatile)."""
@@ -103,7 +116,7 @@ class VmmLookup:
             known = self._measurer.vmms
             self._take_stock()
             if self._measurer.vmms != known:
-                node.measure()
+                node.measure_again()
 
         loop.watch_fd(descriptor, take_up)
 

@@ -33,6 +33,8 @@ METHODS = {
     "org.example.toy.Fail": {},
     "org.example.toy.Unencodable": {},
     "org.example.toy.Silent": {},
+    "org.example.toy.Gated": {"text": "string"},
+    "org.example.toy.Gate": {"open": "bool"},
     "org.example.toy.Watch": {},
     "org.example.toy.Publish": {"text": "string"},
     "org.example.toy.Countdown": {"number": "int"},
@@ -49,6 +51,7 @@ class Toy(varlink.Dispatch):
         self.big = varlink.reply({"data": "x" * reply_bytes})
         self.watchers = varlink.Subscriptions(limits=limits)
         self.counted = 0
+        self.open = False  # whether Gated is answered
         self.called: list[str] = []
         self.server: varlink.Server | None = None
         self.internal: list[BaseException] = []
@@ -107,6 +110,17 @@ class Toy(varlink.Dispatch):
 
     def _silent(self, *_: Any) -> None:
         return None
+
+    def _gated(self, _c: Any, given: dict[str, Any], _m: bool) -> dict[str, Any]:
+        if not self.open:
+            raise varlink.Later
+        return given
+
+    def _gate(self, _c: Any, given: dict[str, Any], _m: bool) -> dict[str, Any]:
+        assert self.server is not None
+        self.open = given["open"]
+        self.server.unpark()
+        return {}
 
     def _watch(self, connection: varlink.Connection, _g: Any, more: bool) -> None:
         if not more:
