@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 _REPORT, _ERROR = b"R", b"E"
 _PIPE = 3  # the child's one descriptor beside the standard ones
 _CHUNK_BYTES = 64 * 1024
+_END_SECONDS = 1.0  # from a child's last word to its end, on a busy machine too
 
 
 class Measuring(NoKvm):
@@ -202,7 +203,7 @@ class Again:
         if kill:
             os.kill(self._child, signal.SIGKILL)
         self._ending.append(self._child)
-        self._reap()
+        self._loop.after(_END_SECONDS, self._reap)
 
     def _reap(self) -> None:
         """Never waits: a process can hang while it ends, too."""

@@ -61,14 +61,14 @@ def tell(before: Report | None, after: Report | None, why_not: KvmnegError | Non
     journal.event("host-changed", *lines, **digests, **{name: some or None for name, some in told_of.items()})
 
 
-def before_start(node: Node) -> Report | None:
-    """What this host was when it was measured last, by whatever daemon, if that was something else.
+def before_start(node: Node, first: Report) -> Report | None:
+    """What this host was when it was measured before the first time of this daemon, None where it never was.
 
     Raises StoreError, BadInput.
     """
     from kvmneg.service.rolls import opened  # only where something changed
 
-    last = node.store.rolls.before(node.report.digest()) if node.news else None
+    last = node.store.rolls.before(first.digest())
     return opened(last, last.at) if last else None
 
 

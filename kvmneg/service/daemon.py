@@ -242,7 +242,8 @@ def _tell_changes(server: Server, node: Node) -> None:
 
     What the fence makes of a measurement kvmneg.service.levels tells.
     """
-    last, failed = _report_of(node), node.store.fault is not None
+    first = last = _report_of(node)
+    failed = node.store.fault is not None
 
     def tell() -> None:
         nonlocal last, failed
@@ -262,9 +263,9 @@ def _tell_changes(server: Server, node: Node) -> None:
     def tell_of_start() -> None:
         from kvmneg.service import changes
 
-        before = changes.before_start(node)
+        before = changes.before_start(node, first) if first is not None else None
         if before is not None:
-            changes.tell(before, node.report)
+            changes.tell(before, first)
 
     node.changed.append(tell)
     if node.news:
