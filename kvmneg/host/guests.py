@@ -197,7 +197,7 @@ class Events:
         import select
 
         poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
+        poll.register(self._uevents.fileno(), select.POLLIN)
         return bool(poll.poll(0))
 
     def read(self) -> tuple[list[Event], bool]:

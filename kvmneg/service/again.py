@@ -223,7 +223,7 @@ class Again:
     def _adopt(self, report: Report | None, why_not: KvmnegError | None = None) -> None:
         self._not_before = self._loop.clock() + limits.VOLATILE_SECONDS
         try:
-            self._node.adopt(report, why_not)
+            self._node.take_up(report, why_not)
         finally:
             once_more, self._once_more = self._once_more, False
             if once_more:

@@ -121,7 +121,7 @@ class Node(Standing):
         else:
             self.measure()
 
-    def adopt(self, report: Report | None, why_not: KvmnegError | None) -> None:
+    def take_up(self, report: Report | None, why_not: KvmnegError | None) -> None:
         """What somebody else measured, or why that failed."""
         before, self._report = self._report, report
         if report is not None:

@@ -259,6 +259,7 @@ def test_one_that_hangs(node: Node, host: Apart, apart: Again, loop: Turning) ->
     assert not apart.busy
     with pytest.raises(NoKvm, match="does not answer"):
         moves.pin(node, "host", None, None, AUDIT)
+    os.waitid(os.P_PID, apart._child, os.WEXITED | os.WNOWAIT)
     host.how = None
     loop.ahead += limits.MEASURE_RETRY_SECONDS
     loop.until(lambda: node.state == "pinned")
