@@ -423,11 +423,22 @@ class InTree(Daemon):
         place = words.index("-m")
         return [*words[:place], "-c", _PROGRAM, str(self.folder), *words[place + 2 :]]
 
-    def watches(self) -> None:
-        """Until it watches, and measures in a child, which begins when the first calls have their answers."""
-        assert self.process is not None
-        links = Path(f"/proc/{self.process.pid}/fd")
-        until(lambda: any("inotify" in os.readlink(one) for one in list(links.iterdir())))
+
+def watches(daemon: Daemon) -> None:
+    """Until it watches, and measures in a child, which begins when the first calls have their answers."""
+    assert daemon.process is not None
+    folder = f"/proc/{daemon.process.pid}/fd"
+
+    def has_inotify() -> bool:
+        for name in os.listdir(folder):
+            try:
+                if "inotify" in os.readlink(f"{folder}/{name}"):
+                    return True
+            except FileNotFoundError:
+                pass  # closed meanwhile
+        return False
+
+    until(has_inotify)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -449,7 +460,7 @@ def test_a_daemon_whose_measurement_hangs_answers_the_others(in_tree: InTree) ->
     in_tree.start()
     with in_tree.client() as first, in_tree.client() as other:
         digest = first.negotiate({"max": True})["digest"]
-        in_tree.watches()
+        watches(in_tree)
         in_tree.put("hang", "")
         in_tree.put("sys/module/kvm/parameters/ignore_msrs", "Y\n")
         got: list[object] = []
@@ -477,7 +488,7 @@ def test_a_daemon_whose_measurement_hangs_answers_the_others(in_tree: InTree) ->
 
 def test_a_daemon_is_restarted_beside_a_child_that_hangs(in_tree: InTree) -> None:
     in_tree.start()
-    in_tree.watches()
+    watches(in_tree)
     in_tree.put("hang", "")
     in_tree.put("sys/module/kvm/parameters/ignore_msrs", "Y\n")
     assert in_tree.process is not None

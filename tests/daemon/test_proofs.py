@@ -45,7 +45,7 @@ class FakeNode:
     def combo_digest(self) -> str:
         return combo_digest(self.combo)
 
-    def measure(self) -> None:
+    def measure_again(self) -> None:
         self.measured += 1
 
 

@@ -28,7 +28,7 @@ from kvmneg.service import changes, watch
 from kvmneg.service.again import Again
 from kvmneg.service.watch import Watcher
 
-from .test_again import Apart, InTree, Turning, lose, offers
+from .test_again import Apart, InTree, Turning, lose, offers, watches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -530,7 +530,7 @@ def test_a_daemon_without_kvm_measures_when_it_arrives(in_tree: InTree) -> None:
         assert next(events)["state"] == "unmeasured"
         with pytest.raises(NoKvm, match="there is no /dev/kvm"):
             client.get_host()
-        in_tree.watches()
+        watches(in_tree)
         device.touch()
         assert next(events)["state"] == "floating"
         assert client.negotiate({"max": True})["generation"] == 0
