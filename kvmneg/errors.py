@@ -170,10 +170,14 @@ class SlowWatcher(KvmnegError):
 
 
 class NotPermitted(KvmnegError):
-    """The caller may not do this."""
+    """The caller may not do this. `action` is polkit's that would permit it, "" for none; no client is told it."""
 
     exit_code = 6
     varlink = "org.kvmneg.NotPermitted"
+
+    def __init__(self, message: str, *, hint: str = "", action: str = "", **fields: Any) -> None:
+        super().__init__(message, hint=hint, **fields)
+        self.action = action
 
 
 class KvmFault(KvmnegError):
@@ -219,6 +223,11 @@ def family() -> tuple[type[KvmnegError], ...]:
         found.append(error)
         queue.extend(error.__subclasses__())
     return tuple(found)
+
+
+def dbus_name(varlink: str) -> str:
+    """What the D-Bus interface calls an error: "org.kvmneg.Fence.NotPinned" is "org.kvmneg1.Error.NotPinned"."""
+    return "org.kvmneg1.Error." + varlink.rpartition(".")[2]
 
 
 BY_VARLINK_NAME = {error.varlink: error for error in family()}

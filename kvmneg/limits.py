@@ -31,6 +31,16 @@ CACHED_CALL_BYTES = 8 * 1024  # longer calls are answered and not kept
 CACHED_REPLY_BYTES = 64 * 1024  # longer replies are not kept either
 CACHED_OFFERS = 1024  # contracts offered and not begun that GetContract and Begin still know
 
+# D-Bus
+BUS_CALLS = 256  # calls by D-Bus that wait for their answer
+BUS_CALLS_PER_CALLER = 32  # of one connection to the bus
+BUS_CALLS_PER_UID = 64
+BUS_CALLERS = 1024  # connections to the bus whose credentials are kept
+BUS_RETRY_SECONDS = 60.0  # at most, before a bus that was not there, or has gone, is tried again
+POLKIT_QUESTIONS = 64  # calls that wait for polkit
+POLKIT_QUESTIONS_PER_UID = 8
+POLKIT_SECONDS = 120.0  # for polkit's answer, which may need a person's password; then it is a no
+
 # requests
 REQUEST_FEATURES = 1024  # names in require, optional and exact together
 REASON_CHARACTERS = 1024

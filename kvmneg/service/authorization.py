@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may change the fence: root, the daemon's own user, and the members of the admin group."""
+"""Who may change the fence: root, the daemon's own user, and the members of the admin group.
+
+Nobody else, unless there is a bus with polkit on it and that permits the one action (kvmneg.service.bus).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,11 @@ if TYPE_CHECKING:
     from kvmneg.service.peer import Peer
 
 ADMIN_GROUP = "kvmneg-admin"
+
+# units/org.kvmneg1.policy has these, each behind "org.kvmneg1."
+ACTIONS = (
+    "pin", "unpin", "raise", "lower", "emergency", "restore", "rollback", "import", "waive", "register", "audit",
+)  # fmt: skip
 
 
 def is_admin(peer: Peer) -> bool:
@@ -27,10 +35,21 @@ def is_admin(peer: Peer) -> bool:
     return admin in peer.groups
 
 
-def require_admin(peer: Peer, what: str) -> None:
-    """Raises NotPermitted, saying who may."""
-    if not is_admin(peer):
+def require_admin(peer: Peer, what: str, action: str) -> None:
+    """Raises NotPermitted, saying who may; with polkit's action, one of ACTIONS, that would permit it."""
+    if not (is_admin(peer) or permitted(peer, action)):
         raise NotPermitted(
             f"uid {peer.uid} may not {what}",
             hint=f"ask as root, as the daemon's user, or as a member of the group {ADMIN_GROUP}",
+            action=polkit_name(action),
         )
+
+
+def permitted(peer: Peer, action: str) -> bool:
+    """Whether polkit permitted the action for the call at hand."""
+    return polkit_name(action) in peer.permitted
+
+
+def polkit_name(action: str) -> str:
+    """The action as polkit knows it."""
+    return "org.kvmneg1." + action

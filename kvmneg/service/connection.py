@@ -65,6 +65,10 @@ class Connection:
             raise RuntimeError("only a call with `more` can be answered more than once")
         self.busy, self.on_release = True, on_release
 
+    def wait(self, on_release: Callable[[Connection], None]) -> None:
+        """Keep the connection for a call whose one reply comes later (`Server.finish`)."""
+        self.busy, self.on_release = True, on_release
+
     def release(self) -> None:
         """End the holding; calls that came meanwhile are answered from the next turn on."""
         self.busy = False

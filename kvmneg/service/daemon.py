@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
     from kvmneg.errors import LimitExceeded
     from kvmneg.features.report import Report
+    from kvmneg.service.bus import Bus
     from kvmneg.service.node import Measurer, Node
     from kvmneg.service.options import Options
     from kvmneg.service.peer import Peer
     from kvmneg.service.proofs import Prover
+    from kvmneg.service.router import Router
     from kvmneg.service.varlink import Server
     from kvmneg.service.vmms import VmmLookup
 
@@ -92,7 +94,8 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
         server.on_internal_error = _print_internal_error
         server.on_trouble = _print_trouble
         server.on_limit = _tell_limit
-        _schedule(server, node)
+        bus = _bus(router, arguments)
+        _schedule(server, node, bus)
         node.leases.start(server)
         server.after(_LATER_SECONDS, lambda: _follow_strangers(server, node))
         node.changed.append(lambda: _tell_systemd(node))
@@ -104,8 +107,21 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
         for one in later:
             one.start(server, node)
         copier = Copier(server, node, _print_trouble)
+        if bus is not None:
+            bus.start(server, node)
         server.run()
         copier.copy()
+
+
+def _bus(router: Router, arguments: Options) -> Bus | None:
+    """D-Bus, where it is on."""
+    if arguments.bus is None:
+        return None
+    from kvmneg.service.bus import Bus
+
+    router.bus = Bus(arguments.bus, router, router.event)
+    router.bus.on_trouble = _print_trouble
+    return router.bus
 
 
 def _measurer(arguments: Options) -> tuple[Measurer, list[VmmLookup | Prover]]:
@@ -204,12 +220,14 @@ def _path_of(listener: socket.socket) -> str:
     return path
 
 
-def _schedule(server: Server, node: Node) -> None:
+def _schedule(server: Server, node: Node, bus: Bus | None) -> None:
     """Signals, the watchdog, and what the node does when nobody asks, in the server's loop."""
 
     def stop(*_: object) -> None:
         systemd.stopping()
         node.leases.stop()
+        if bus is not None:
+            bus.stop()
         server.stop()
 
     for number in (signal.SIGTERM, signal.SIGINT):

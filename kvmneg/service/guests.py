@@ -176,7 +176,7 @@ def _contract(document: dict[str, Any]) -> Contract:
 def _import(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
     from kvmneg.service.interfaces import audit
 
-    record = audit(connection, "import a guest", given["reason"])
+    record = audit(connection, "import a guest", given["reason"], "import")
     if given["pid"] not in {one.process.pid for one in node.unknown.all()}:
         raise UsageError(
             f"process {given['pid']} has no VM that is unknown", hint="`kvmneg guests` lists them"
@@ -199,5 +199,6 @@ def _import(node: Node, connection: Connection, given: dict[str, Any]) -> dict[s
 def _waive(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
     from kvmneg.service.interfaces import audit
 
-    node.unknown.waive(given["pid"], audit(connection, "waive a guest", given["reason"]), node.generation)
+    record = audit(connection, "waive a guest", given["reason"], "waive")
+    node.unknown.waive(given["pid"], record, node.generation)
     return {}

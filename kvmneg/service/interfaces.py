@@ -175,7 +175,7 @@ class Interfaces:
     def _fence_restore(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
         from kvmneg.service import restoring  # a bad day only
 
-        who = audit(connection, "restore the fence", parameters["reason"])
+        who = audit(connection, "restore the fence", parameters["reason"], "restore")
         return restoring.restore(self._node, parameters.get("above"), who)
 
     def _fence_history(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -210,10 +210,10 @@ def that_fit(entries: Iterable[dict[str, Any]], room: int) -> list[dict[str, Any
     return kept
 
 
-def audit(connection: Connection, what: str, reason: str) -> Audit:
+def audit(connection: Connection, what: str, reason: str, action: str) -> Audit:
     """Who asks, and why. Raises NotPermitted, UsageError (no reason), LimitExceeded (a long one)."""
     peer = connection.peer
-    require_admin(peer, what)
+    require_admin(peer, what, action)
     if not reason.strip():
         raise UsageError(f"a reason is needed to {what}", hint="a later admin will ask for it")
     if len(reason) > limits.REASON_CHARACTERS:

@@ -34,10 +34,13 @@ def call(node: Node, name: str, connection: Connection, given: dict[str, Any]) -
     if name == "Progress":
         return moves.progress(node, sees)
     if name == "Audit":
-        require_admin(connection.peer, "read the audit")
+        require_admin(connection.peer, "read the audit", "audit")
         return _audit(node, given)
     what, method = _METHODS[name]
-    return method(node, audit_of(connection, what, given["reason"]), given)
+    action = name.lower()
+    if name in ("Commit", "Abort"):  # who may propose it may end it
+        action = "raise" if node.proposal == "raise" else "lower"
+    return method(node, audit_of(connection, what, given["reason"], action), given)
 
 
 def _pin(node: Node, audit: Audit, given: dict[str, Any]) -> dict[str, Any]:

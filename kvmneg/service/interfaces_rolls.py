@@ -77,12 +77,12 @@ class RollHandlers:
         return {"combo": row.digest, "report": self._rolls.report(row).to_json()}
 
     def add(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
-        audit = audit_of(connection, "change the roll-back set", parameters["reason"])
+        audit = audit_of(connection, "change the roll-back set", parameters["reason"], "rollback")
         row, changed = self._rolls.add(parameters["combo"], audit)
         return {"combo": row.digest, "changed": changed}
 
     def remove(self, connection: Connection, parameters: dict[str, Any]) -> dict[str, Any]:
-        audit = audit_of(connection, "change the roll-back set", parameters["reason"])
+        audit = audit_of(connection, "change the roll-back set", parameters["reason"], "rollback")
         row, changed = self._rolls.remove(parameters["combo"], audit)
         return {"combo": row.digest, "changed": changed}
 

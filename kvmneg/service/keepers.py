@@ -12,7 +12,7 @@ import os
 
 from kvmneg.errors import NotPermitted, StoreError, UsageError
 from kvmneg.host import guests
-from kvmneg.service.authorization import is_admin
+from kvmneg.service.authorization import is_admin, permitted, polkit_name
 from kvmneg.store.interface import Holder
 
 TYPE_CHECKING = False
@@ -78,9 +78,11 @@ class Keepers:
             raise UsageError(
                 f"there is no process {pid}", hint="name the process that runs the VM, while it runs"
             )
-        if process.uid != peer.uid and not is_admin(peer):
+        if process.uid != peer.uid and not (is_admin(peer) or permitted(peer, "register")):
             raise NotPermitted(
-                f"process {pid} belongs to uid {process.uid}", hint="ask as that user or as an admin"
+                f"process {pid} belongs to uid {process.uid}",
+                hint="ask as that user or as an admin",
+                action=polkit_name("register"),
             )
         return Holder(pid, process.started, "process")
 

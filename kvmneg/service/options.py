@@ -15,7 +15,7 @@ DEFAULT_STATE = "/var/lib/kvmneg"
 DEFAULT_KVM = "/dev/kvm"
 
 HELP = f"""\
-usage: kvmnegd [--socket PATH] [--state DIR] [--kvm PATH | --report FILE]
+usage: kvmnegd [--socket PATH] [--state DIR] [--kvm PATH | --report FILE] [--bus ADDRESS]
 
 negotiates what virtual machines may see of this host's KVM
 
@@ -23,18 +23,20 @@ negotiates what virtual machines may see of this host's KVM
   --state DIR    keep fence and grants here ({DEFAULT_STATE})
   --kvm PATH     measure this KVM ({DEFAULT_KVM})
   --report FILE  serve a recorded report and measure nothing
+  --bus ADDRESS  serve D-Bus there too, and ask polkit; "system" is the system's bus
   --help         show this and exit
   --version      show the version and exit
 """
 
 
 class Options(NamedTuple):
-    """What kvmnegd was started with; `report` is None where a KVM is measured."""
+    """What kvmnegd was started with; `report` is None where a KVM is measured, `bus` without D-Bus."""
 
     socket: str = DEFAULT_SOCKET
     state: str = DEFAULT_STATE
     kvm: str = DEFAULT_KVM
     report: str | None = None
+    bus: str | None = None
 
 
 def parse(words: list[str]) -> Options:

@@ -30,7 +30,9 @@ TYPES: dict[str, dict[str, str]] = {
 
 # What moves of the fence have in common: how a level is named, and the rest.
 _LEVEL = {"from": "?string", "text": "?string", "without": "?[]string"}
-_MOVE = {"reason": "string", "expectedGeneration": "?int", "dryRun": "?bool"}
+# What polkit may permit: whether it may ask a person.
+_ASK = {"allowInteractiveAuthentication": "?bool"}
+_MOVE = {"reason": "string", "expectedGeneration": "?int", "dryRun": "?bool", **_ASK}
 
 # Interface → method → parameter → type.
 METHODS: dict[str, dict[str, dict[str, str]]] = {
@@ -38,7 +40,7 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
     "org.kvmneg": {
         "GetHost": {},
         "Negotiate": {"request": "Request", "digestOnly": "?bool"},
-        "Begin": {"digest": "string", "vm": "string", "hold": "?bool", "pid": "?int"},
+        "Begin": {"digest": "string", "vm": "string", "hold": "?bool", "pid": "?int", **_ASK},
         "Started": {"vm": "string", "incarnation": "?int"},
         "End": {"vm": "string", "incarnation": "?int"},
         "Check": {"request": "?Request", "digest": "?string", "vmm": "?string"},
@@ -50,7 +52,7 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
         "Get": {"vm": "string"},
         "Report": {"vm": "string", "words": "[string]string", "incarnation": "?int"},
         "Saved": {"vm": "string", "incarnation": "?int"},
-        "Handover": {"vm": "string", "hold": "?bool", "pid": "?int", "incarnation": "?int"},
+        "Handover": {"vm": "string", "hold": "?bool", "pid": "?int", "incarnation": "?int", **_ASK},
         "Receive": {
             "contract": "?object",
             "binary": "?string",
@@ -58,15 +60,16 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
             "vmm": "?string",
             "hold": "?bool",
             "pid": "?int",
+            **_ASK,
         },
-        "Import": {"pid": "int", "vm": "string", "contract": "?object", "reason": "string"},
-        "Waive": {"pid": "int", "reason": "string"},
+        "Import": {"pid": "int", "vm": "string", "contract": "?object", "reason": "string", **_ASK},
+        "Waive": {"pid": "int", "reason": "string", **_ASK},
     },
     "org.kvmneg.Fence": {
         "Get": {},
         "Pin": {"from": "?string", "text": "?string", **_MOVE},
         "Unpin": _MOVE,
-        "Restore": {"reason": "string", "above": "?int"},
+        "Restore": {"reason": "string", "above": "?int", **_ASK},
         "History": {"limit": "?int"},
         "Plan": _LEVEL,
         "Raise": {"from": "?string", "text": "?string", **_MOVE},
@@ -75,13 +78,13 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
         "Commit": {"consent": "?[]string", "override": "?[]string", "digest": "?string", **_MOVE},
         "Abort": _MOVE,
         "Progress": {},
-        "Audit": {"limit": "?int", "before": "?int"},
+        "Audit": {"limit": "?int", "before": "?int", **_ASK},
     },
     "org.kvmneg.Rollback": {
         "History": {"limit": "?int"},
         "GetReport": {"combo": "string"},
-        "Add": {"combo": "string", "reason": "string"},
-        "Remove": {"combo": "string", "reason": "string"},
+        "Add": {"combo": "string", "reason": "string", **_ASK},
+        "Remove": {"combo": "string", "reason": "string", **_ASK},
         "List": {},
         "Plan": {"combo": "string"},
         "Check": {

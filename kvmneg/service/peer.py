@@ -24,13 +24,14 @@ _NGROUPS_MAX = 65536  # linux/limits.h
 class Peer:
     """The process that connected. Made when a connection is accepted; groups and pidfd are read when asked for."""
 
-    __slots__ = ("_groups", "_socket", "gid", "pid", "uid")
+    __slots__ = ("_groups", "_socket", "gid", "permitted", "pid", "uid")
 
     def __init__(self, connection: socket.socket) -> None:
         """Raises OSError where the socket is not a connected Unix socket."""
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         self.pid, uid, gid = _UCRED.unpack(credentials)
         self.uid, self.gid = uid & 0xFFFFFFFF, gid & 0xFFFFFFFF
+        self.permitted: tuple[str, ...] = ()  # polkit's actions, for the call at hand
         self._socket = connection
         self._groups: frozenset[int] | None = None
 

@@ -9,7 +9,7 @@ VOLATILE_SECONDS without having looked again whether the host changed.
 from __future__ import annotations
 
 from kvmneg import limits
-from kvmneg.errors import Blocked, KvmnegError
+from kvmneg.errors import Blocked, KvmnegError, NotPermitted
 from kvmneg.service import guests, introspection, parameters
 from kvmneg.service.interfaces import CACHEABLE, Interfaces
 from kvmneg.service.shares import Shares
@@ -27,11 +27,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from kvmneg.service.bus import Bus
     from kvmneg.service.connection import Connection
     from kvmneg.service.interfaces import Handler
     from kvmneg.service.node import Node
     from kvmneg.service.varlink import Server
 
+
+# between the daemon and its child that serves D-Bus, and nobody else: kvmneg.service.bus
+BUS = "org.kvmneg.Bus."
 
 # interfaces that are an admin's: the modules with their handlers
 _ROOMS = {"org.kvmneg.Rollback": "kvmneg.service.interfaces_rolls"}
@@ -51,11 +55,16 @@ class Router(Dispatch):
         self._known.on_forgotten = self._forget_call
         self._fresh_until = 0.0
         self._server: Server | None = None
+        self.bus: Bus | None = None  # where D-Bus is on
         # a call that is known costs this one look into a dictionary
         self.cached = self._replies.get  # type: ignore[method-assign, assignment]
         node.changed.append(self._forget)
         node.doubted.append(self._doubt)
         node.offers.on_forgotten = self._forget_offer
+
+    def event(self) -> dict[str, Any]:
+        """Where host and fence stand now, as Watch tells it."""
+        return self._interfaces.event()
 
     def attach(self, server: Server) -> None:
         """The server whose clock and timers tell when replies have become old."""
@@ -64,6 +73,8 @@ class Router(Dispatch):
     def call(
         self, connection: Connection, method: str, given: dict[str, Any], more: bool, oneway: bool
     ) -> bytes | None:
+        if self.bus is not None and method.startswith(BUS):
+            return self.bus.call(connection, method, given, more)
         try:
             return self._call(connection, method, given, more, oneway)
         except KvmnegError as no:
@@ -94,7 +105,14 @@ class Router(Dispatch):
                 raise ExpectedMore
             self._watchers.add(connection, self._interfaces.event())
             return None
-        answer, digest = self._answer(method, connection, checked)
+        try:
+            answer, digest = self._answer(method, connection, checked)
+        except NotPermitted as no:
+            if self.bus is None or not no.action or oneway:
+                raise
+            interactive = checked.get("allowInteractiveAuthentication", False)
+            self.bus.ask(connection, no, interactive, lambda: self._answer(method, connection, checked)[0])
+            return None
         if method in CACHEABLE and not (more or oneway):
             self._keep(connection, answer, digest)
         return answer

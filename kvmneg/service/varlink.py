@@ -250,6 +250,18 @@ class Server(Loop):
 
     # --- replies
 
+    def finish(self, connection: Connection, answer: Callable[[], bytes]) -> None:
+        """Answer the call that a connection waits for (`Connection.wait`) by what this gives or raises."""
+        if connection.closed:
+            return
+        try:
+            reply = answer()
+        except Exception as error:
+            reply = self._failed(connection, error)
+        self.transmit(connection, reply)
+        if connection.busy:
+            connection.release()
+
     def transmit(self, connection: Connection, reply: bytes | memoryview) -> None:
         """Send, or queue what the socket does not take."""
         if connection.closed:

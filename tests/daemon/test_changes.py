@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 AUDIT = Audit(0, 1, "2026-11-21T06:00:00Z", "first light", "kvmneg")
 VM = "3e4c2f6a-9d3b-4c1e-8a57-2f0d6b1c9e11"
-PEER: Any = SimpleNamespace(uid=54321, pid=7, groups=frozenset())
+PEER: Any = SimpleNamespace(uid=54321, pid=7, groups=frozenset(), permitted=())
 CALLER: Any = SimpleNamespace(peer=PEER, held=False)
 HOSTS = Path(__file__).parents[1] / "data/hosts"
 

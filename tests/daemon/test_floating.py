@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).resolve().parents[1] / "data/hosts"
 AUDIT = Audit(0, 1, "2026-11-21T06:00:00Z", "a test", "pytest")
-PEER = cast("Peer", SimpleNamespace(uid=1000, pid=7, groups=()))
+PEER = cast("Peer", SimpleNamespace(uid=1000, pid=7, groups=(), permitted=()))
 ASKER = cast("Connection", SimpleNamespace(peer=PEER, on_closed=None))
 VM = "0b9f3c1e-5f0b-4a49-9d0e-6a1f2b3c4d5e"
 WORD, AVX2 = "cpuid:0x7.0.ebx", 1 << 5

@@ -178,7 +178,9 @@ def test_a_read_only_file_system_is_served_from_the_copy(
 
 
 def test_only_an_admin_restores(node: Node) -> None:
-    stranger = cast("Any", SimpleNamespace(peer=SimpleNamespace(uid=65534, pid=1, groups=frozenset())))
+    stranger = cast(
+        "Any", SimpleNamespace(peer=SimpleNamespace(uid=65534, pid=1, groups=frozenset(), permitted=()))
+    )
     restore = Interfaces(node).handlers()["org.kvmneg.Fence.Restore"]
     with pytest.raises(NotPermitted):
         restore(stranger, {"reason": "mine"})

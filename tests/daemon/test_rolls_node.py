@@ -32,7 +32,7 @@ def vm() -> str:
 
 
 def caller(uid: int) -> Any:
-    return SimpleNamespace(peer=SimpleNamespace(uid=uid, pid=1, groups=frozenset()))
+    return SimpleNamespace(peer=SimpleNamespace(uid=uid, pid=1, groups=frozenset(), permitted=()))
 
 
 def test_other_users_guests_are_counted_not_named(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

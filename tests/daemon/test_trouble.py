@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from .conftest import Daemon, Host
 
-OTHER = cast("Peer", SimpleNamespace(uid=1001, pid=8, groups=frozenset()))
+OTHER = cast("Peer", SimpleNamespace(uid=1001, pid=8, groups=frozenset(), permitted=()))
 OTHER_ASKER = cast("Connection", SimpleNamespace(peer=OTHER, on_closed=None))
 OPTIONAL = ("rdrand", "bmi1", "adx", "smap", "smep", "clflushopt", "clwb", "umip")  # a contract each
 
@@ -116,7 +116,7 @@ def test_nobody_takes_the_uuid_of_another_users_vm(node: Node) -> None:
     assert node.lease(VM, PEER) == mine and mine.uid == 1000
     assert node.lease(VM, OTHER).uid == 1001
     with pytest.raises(UsageError, match="users 1000, 1001"):
-        node.lease(VM, cast("Peer", SimpleNamespace(uid=0, pid=9, groups=frozenset())))
+        node.lease(VM, cast("Peer", SimpleNamespace(uid=0, pid=9, groups=frozenset(), permitted=())))
 
 
 # -- a host that changes

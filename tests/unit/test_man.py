@@ -16,7 +16,7 @@ from kvmneg import errors, limits
 from kvmneg.cli import COMMANDS, arguments
 
 MAN = Path(__file__).parents[2] / "man"
-PAGES = ("kvmneg.1", "kvmnegd.8", "libkvmneg.3", "libkvmneg-client.3", "kvmneg-pytest.7")
+PAGES = ("kvmneg.1", "kvmnegd.8", "libkvmneg.3", "libkvmneg-client.3", "kvmneg-pytest.7", "org.kvmneg1.7")
 CLIENT = MAN.parent / "client"
 
 
