@@ -221,7 +221,8 @@ def family() -> tuple[type[KvmnegError], ...]:
     while queue:
         error = queue.pop(0)
         found.append(error)
-        queue.extend(error.__subclasses__())
+        # what a room raises of its own goes by its parent's name
+        queue.extend(one for one in error.__subclasses__() if one.__module__ == __name__)
     return tuple(found)
 
 

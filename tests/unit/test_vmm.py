@@ -234,8 +234,8 @@ def test_a_daemon_forgets_a_build_that_was_replaced(bin_folder: Path, tmp_path: 
     cache = str(tmp_path / "vmm-builds.json")
     install(bin_folder, "firecracker", "echo Firecracker v1.7.0")
     vmm.refresh(cache, ())
-    measurer = SimpleNamespace(vmms=(), measured=0, changed=lambda *, fresh: False)
-    measurer.measure = lambda: [build["path"] for build in measurer.vmms]
+    measurer = SimpleNamespace(vmms=(), changed=lambda *, fresh: False, mark=lambda: None)
+    measurer.take = lambda: [build["path"] for build in measurer.vmms]
     lookup = VmmLookup(str(tmp_path), cast("Any", measurer))
     path = str(bin_folder / "firecracker")
     assert path in cast("Any", lookup.measure())
