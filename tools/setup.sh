@@ -14,9 +14,9 @@ packages=(python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-d
 case ${1:-} in
     test | hosts)
         packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user scdoc mandoc shellcheck procps g++ gpg gpg-agent gpgv apt-utils libjson-c-dev)
-        packages+=(dbus systemd) # a private bus, and busctl
+        packages+=(dbus) # a private bus
         packages+=(clang libclang-rt-dev) # the fuzzers of tests/fuzz
-        packages+=(systemd) # journalctl reads the message catalogue
+        packages+=(systemd) # journalctl reads the message catalogue, busctl calls
         # the hosts of tests/hosts, of either architecture
         packages+=(qemu-system-arm qemu-system-x86)
         ;;

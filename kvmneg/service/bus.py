@@ -19,11 +19,12 @@ from kvmneg import limits
 from kvmneg.errors import KvmnegError, LimitExceeded, NotPermitted
 from kvmneg.service import message
 from kvmneg.service.message import InterfaceNotFound, ServiceError, error_reply
+from kvmneg.service.varlink import Later
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, NoReturn
 
     from kvmneg.service.connection import Connection
     from kvmneg.service.loop import Timer
@@ -36,6 +37,7 @@ SYSTEM = "unix:path=/run/dbus/system_bus_socket"
 # Not before the calls that wait have their answers; whoever activated us by D-Bus waits for the child.
 _LATER_SECONDS = 0.2
 _RETRY_SECONDS = 1.0
+_MEASURED_SECONDS = 0.1  # until a permitted call is tried again that waits for a measurement
 _STEADY_SECONDS = 60.0  # a child that served as long is tried again at once
 _NO_BUS, _NO_NAME, _NO_SDBUS = 3, 4, 5  # exit statuses of the child
 _INTERNAL = {"message": "an internal error of kvmnegd", "hint": "its log has more"}
@@ -44,13 +46,14 @@ _INTERNAL = {"message": "an internal error of kvmnegd", "hint": "its log has mor
 class Caller:
     """Who called by D-Bus, as the bus says it; stands where a handler has a connection, and `peer` in it."""
 
-    __slots__ = ("groups", "permitted", "pid", "raw", "uid")
+    __slots__ = ("final", "groups", "permitted", "pid", "raw", "uid")
 
     def __init__(self, credentials: dict[str, Any], raw: bytes) -> None:
         self.uid: int = credentials["uid"]
         self.pid: int = credentials["pid"]
         self.groups = frozenset[int](credentials["groups"])
         self.permitted = tuple[str, ...](credentials["permitted"])
+        self.final: bool = credentials["final"]  # polkit has been asked
         self.raw = raw  # the call, for the replies that are kept
 
     @property
@@ -61,12 +64,13 @@ class Caller:
 class Question:
     """A call that waits for polkit."""
 
-    __slots__ = ("again", "connection", "no", "number", "timer")
+    __slots__ = ("action", "again", "connection", "number", "timer")
 
     def __init__(
-        self, number: int, connection: Connection, no: NotPermitted, again: Callable[[], bytes], timer: Timer
+        self, number: int, connection: Connection, action: str, again: Callable[[bool], bytes], timer: Timer
     ) -> None:
-        self.number, self.connection, self.no, self.again, self.timer = number, connection, no, again, timer
+        self.number, self.connection, self.timer = number, connection, timer
+        self.action, self.again = action, again
 
 
 class Bus:
@@ -194,6 +198,8 @@ class Bus:
         caller = Caller(given["caller"], json.dumps(call).encode())
         try:
             answer = self._router.call(caller, given["method"], given["parameters"], False, False)  # type: ignore[arg-type]
+        except Later:
+            raise  # the child's calls wait, as any connection's
         except NotPermitted as no:
             return error_reply(no.varlink, {**no.parameters(), "action": no.action})
         except (KvmnegError, ServiceError) as error:
@@ -212,10 +218,18 @@ class Bus:
 
     # -- polkit -----------------------------------------------------------------------------------
 
+    def will_ask(self, connection: Connection, no: KvmnegError) -> bool:
+        """Whether this is not the last word: of callers of the bus the child asks polkit."""
+        asks = isinstance(no, NotPermitted) and bool(no.action)
+        return asks and isinstance(connection, Caller) and not connection.final
+
     def ask(
-        self, connection: Connection, no: NotPermitted, interactive: bool, again: Callable[[], bytes]
+        self, connection: Connection, no: NotPermitted, interactive: bool, again: Callable[[bool], bytes]
     ) -> None:
-        """Have the call wait for polkit, and answer it then. Raises `no` where nobody can be asked, LimitExceeded."""
+        """Have the call wait for polkit, and answer it then by what `again` gives, told whether it is permitted.
+
+        Raises `no` where nobody can be asked, LimitExceeded.
+        """
         server = self._server
         if server is None or isinstance(connection, Caller) or not (self._listener and self._listener.busy):
             raise no
@@ -232,7 +246,7 @@ class Bus:
         self._number += 1
         number = self._number
         timer = server.after(limits.POLKIT_SECONDS, lambda: self._answered(number, False))
-        self._questions[number] = Question(number, connection, no, again, timer)
+        self._questions[number] = Question(number, connection, no.action, again, timer)
         connection.wait(lambda _: self._forget(number))
         subject = {"pid": peer.pid, "started": started, "uid": peer.uid}
         self._push({"ask": number, "action": no.action, "interactive": interactive, **subject})
@@ -242,18 +256,25 @@ class Bus:
         if question is None or self._server is None:
             return  # whoever asked has gone
         self._server.cancel(question.timer)
-        peer = question.connection.peer
+        self._carry_out(question, allowed)
 
-        def answer() -> bytes:
-            if not allowed:
-                raise question.no
-            peer.permitted = (question.no.action,)
-            try:
-                return question.again()
-            finally:
-                peer.permitted = ()
-
-        self._server.finish(question.connection, answer)
+    def _carry_out(self, question: Question, allowed: bool) -> None:
+        server, peer = self._server, question.connection.peer
+        if server is None or question.connection.closed:
+            return
+        peer.permitted = (question.action,) if allowed else ()
+        try:
+            reply = question.again(allowed)
+        except Later:  # this host is measured again: the permission is not asked for anew
+            server.after(_MEASURED_SECONDS, lambda: self._carry_out(question, allowed))
+            return
+        except Exception as error:
+            fault = error
+            server.finish(question.connection, lambda: _raise(fault))
+        else:
+            server.finish(question.connection, lambda: reply)
+        finally:
+            peer.permitted = ()
 
     def _forget(self, number: int) -> None:
         """The caller has gone; nothing happens where it has its answer."""
@@ -261,6 +282,10 @@ class Bus:
         if question is not None and self._server is not None:
             self._server.cancel(question.timer)
             self._push({"forget": number})
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _present(address: str) -> bool:

@@ -145,12 +145,17 @@ class Service:
             raise refusal(LimitExceeded("BUS_CALLS_PER_UID", limits.BUS_CALLS_PER_UID))
         self._uids[uid] = self._uids.get(uid, 0) + 1
         try:
-            call = {"method": method, "parameters": given, "caller": {**caller, "permitted": []}}
+            call = {
+                "method": method,
+                "parameters": given,
+                "caller": {**caller, "permitted": [], "final": False},
+            }
             answer = await self._daemon.call(call)
             action = answer.get("parameters", {}).pop("action", "") if answer.get("error") else ""
             interactive = given.get("allowInteractiveAuthentication") is True
-            if action and await self._permitted(sender, uid, action, interactive):
-                call["caller"] = {**caller, "permitted": [action]}
+            if action:  # the daemon has the last word, whichever it is
+                permitted = await self._permitted(sender, uid, action, interactive)
+                call["caller"] = {**caller, "permitted": [action] if permitted else [], "final": True}
                 answer = await self._daemon.call(call)
         finally:
             self._uids[uid] -= 1

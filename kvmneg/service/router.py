@@ -8,6 +8,8 @@ VOLATILE_SECONDS without having looked again whether the host changed.
 
 from __future__ import annotations
 
+from functools import partial
+
 from kvmneg import limits
 from kvmneg.errors import Blocked, KvmnegError, NotPermitted
 from kvmneg.service import guests, introspection, parameters
@@ -25,13 +27,16 @@ from kvmneg.service.varlink import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
+    from typing import Any, TypeVar
 
     from kvmneg.service.bus import Bus
     from kvmneg.service.connection import Connection
     from kvmneg.service.interfaces import Handler
     from kvmneg.service.node import Node
     from kvmneg.service.varlink import Server
+
+    Reply = TypeVar("Reply", bytes, bytes | None)
 
 
 # between the daemon and its child that serves D-Bus, and nobody else: kvmneg.service.bus
@@ -75,16 +80,25 @@ class Router(Dispatch):
     ) -> bytes | None:
         if self.bus is not None and method.startswith(BUS):
             return self.bus.call(connection, method, given, more)
+        return self._telling(
+            connection, method, given, lambda: self._call(connection, method, given, more, oneway)
+        )
+
+    def _telling(
+        self, connection: Connection, method: str, given: dict[str, Any], answer: Callable[[], Reply]
+    ) -> Reply:
+        """What this gives; what it raises is told. Raises Later in the place of Measuring."""
         try:
-            return self._call(connection, method, given, more, oneway)
+            return answer()
         except KvmnegError as no:
             from kvmneg.service import telling  # a yes needs no word
             from kvmneg.service.again import Measuring
 
             if isinstance(no, Measuring):
                 raise Later from no
-            dry_run = bool(given.get("dryRun"))
-            telling.refused(method, connection.peer, no, self._node.generation, dry_run=dry_run)
+            if self.bus is None or not self.bus.will_ask(connection, no):
+                dry_run = bool(given.get("dryRun"))
+                telling.refused(method, connection.peer, no, self._node.generation, dry_run=dry_run)
             raise
 
     def _call(
@@ -110,12 +124,31 @@ class Router(Dispatch):
         except NotPermitted as no:
             if self.bus is None or not no.action or oneway:
                 raise
+            refusal = no
+
+            def judged(permitted: bool) -> bytes:
+                if not permitted:
+                    raise refusal
+                return self._answer(method, connection, checked)[0]
+
             interactive = checked.get("allowInteractiveAuthentication", False)
-            self.bus.ask(connection, no, interactive, lambda: self._answer(method, connection, checked)[0])
+            again = partial(self._judged, connection, method, given, judged)
+            self.bus.ask(connection, no, interactive, again)
             return None
         if method in CACHEABLE and not (more or oneway):
             self._keep(connection, answer, digest)
         return answer
+
+    def _judged(
+        self,
+        connection: Connection,
+        method: str,
+        given: dict[str, Any],
+        answer: Callable[[bool], bytes],
+        permitted: bool,
+    ) -> bytes:
+        """The answer to a call that polkit was asked about."""
+        return self._telling(connection, method, given, partial(answer, permitted))
 
     def _answer(self, method: str, connection: Connection, checked: dict[str, Any]) -> tuple[bytes, str]:
         """The reply, and the digest of the contract it offers, "" for none."""

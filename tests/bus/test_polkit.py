@@ -157,6 +157,57 @@ def test_the_bus_says_who_calls(polkit: Polkit, make_served: Callable[..., Serve
     assert {one["process"] for one in entries if one["action"] == "pin"} == {"busctl"}
 
 
+def test_a_refusal_is_told_once_and_a_permission_is_none(judged: Served, polkit: Polkit) -> None:
+    """In the journal: only when polkit has said no."""
+
+    def told() -> int:
+        return judged.errors.read_text().count("may not pin a fence")
+
+    polkit.say(pin="yes")
+    with judged.client() as client:
+        client.call("org.kvmneg.Fence.Pin", PIN)
+        Wire().call(FENCE, "Pin", *REASON, HOST)
+        assert told() == 0
+        polkit.say()
+        with pytest.raises(NotPermitted):
+            client.call("org.kvmneg.Fence.Pin", PIN)
+        assert told() == 1
+        with pytest.raises(Refused):
+            Wire().call(FENCE, "Pin", *REASON, HOST)
+        assert told() == 2
+
+
+MEASURING = f"""{NO_ADMINS}
+from kvmneg.service import moves, router
+from kvmneg.service.again import Measuring
+
+attach, pin, servers, times = router.Router.attach, moves.pin, [], [0]
+
+def attached(self, server):
+    servers.append(server)
+    attach(self, server)
+
+def measuring(*given, **more):
+    times[0] += 1
+    if times[0] % 3:
+        servers[0].after(0.1, servers[0].unpark)
+        raise Measuring
+    return pin(*given, **more)
+
+router.Router.attach, moves.pin = attached, measuring
+"""
+
+
+def test_a_permission_outlasts_a_measurement(polkit: Polkit, make_served: Callable[..., Served]) -> None:
+    """A call that has to wait for one is made again, and polkit is not asked again."""
+    served = make_served(MEASURING)
+    polkit.say(pin="yes")
+    with served.client() as client:
+        assert client.call("org.kvmneg.Fence.Pin", PIN)["generation"] == 1
+    assert Wire().call(FENCE, "Pin", *REASON, HOST)[0] == 2
+    assert len(polkit.asked()) == 2
+
+
 # --- an answer that does not come
 
 
@@ -251,7 +302,7 @@ def test_a_oneway_call_is_not_worth_a_question(judged: Served, polkit: Polkit) -
 
 def test_only_the_child_speaks_for_others(judged: Served) -> None:
     """What the daemon and its child say to each other is no interface of anybody else's."""
-    caller = {"uid": 0, "pid": 1, "groups": [], "permitted": []}
+    caller = {"uid": 0, "pid": 1, "groups": [], "permitted": [], "final": True}
     call = {"id": 1, "method": "org.kvmneg.Fence.Pin", "parameters": PIN, "caller": caller}
     for method, parameters in (("Call", call), ("Answer", {"id": 1, "allowed": True}), ("Listen", {})):
         with judged.client() as client, pytest.raises(Exception, match=r"no interface 'org\.kvmneg\.Bus'"):
