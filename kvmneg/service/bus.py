@@ -270,9 +270,9 @@ class Bus:
             return
         except Exception as error:
             fault = error
-            server.finish(question.connection, lambda: _raise(fault))
+            question.connection.finish(lambda: _raise(fault))
         else:
-            server.finish(question.connection, lambda: reply)
+            question.connection.finish(lambda: reply)
         finally:
             peer.permitted = ()
 

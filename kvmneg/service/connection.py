@@ -66,8 +66,20 @@ class Connection:
         self.busy, self.on_release = True, on_release
 
     def wait(self, on_release: Callable[[Connection], None]) -> None:
-        """Keep the connection for a call whose one reply comes later (`Server.finish`)."""
+        """Keep the connection for a call whose one reply comes later (`finish`)."""
         self.busy, self.on_release = True, on_release
+
+    def finish(self, answer: Callable[[], bytes]) -> None:
+        """Answer the call that was waited for by what this gives or raises."""
+        if self.closed:
+            return
+        try:
+            encoded = answer()
+        except Exception as error:
+            encoded = self.server.failed(self, error)
+        self.server.transmit(self, encoded)
+        if self.busy:
+            self.release()
 
     def release(self) -> None:
         """End the holding; calls that came meanwhile are answered from the next turn on."""

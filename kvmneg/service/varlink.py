@@ -233,10 +233,10 @@ class Server(Loop):
             self._parked.append(connection)
             return None
         except Exception as error:
-            reply = self._failed(connection, error)
+            reply = self.failed(connection, error)
         return None if oneway or connection.closed else reply
 
-    def _failed(self, connection: Connection, error: Exception) -> bytes:
+    def failed(self, connection: Connection, error: Exception) -> bytes:
         """The error reply; of a fault that is ours the text goes to the log, not to the client."""
         if connection.busy:
             connection.release()
@@ -249,18 +249,6 @@ class Server(Loop):
         return _INTERNAL
 
     # --- replies
-
-    def finish(self, connection: Connection, answer: Callable[[], bytes]) -> None:
-        """Answer the call that a connection waits for (`Connection.wait`) by what this gives or raises."""
-        if connection.closed:
-            return
-        try:
-            reply = answer()
-        except Exception as error:
-            reply = self._failed(connection, error)
-        self.transmit(connection, reply)
-        if connection.busy:
-            connection.release()
 
     def transmit(self, connection: Connection, reply: bytes | memoryview) -> None:
         """Send, or queue what the socket does not take."""

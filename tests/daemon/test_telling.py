@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Told = list[tuple[str, tuple[str, ...], dict[str, object]]]
 
-ROOT = cast("Any", SimpleNamespace(uid=0, pid=11, groups=frozenset()))
+ROOT = cast("Any", SimpleNamespace(uid=0, pid=11, groups=frozenset(), permitted=()))
 WORD = "cpuid:0x7.0.ebx"
 
 
@@ -99,7 +99,7 @@ def test_a_change_that_is_refused(node: Node, told: Told) -> None:
 
 
 def test_a_user_who_may_not(node: Node, told: Told) -> None:
-    peer = cast("Any", SimpleNamespace(uid=1000, pid=7, groups=frozenset()))
+    peer = cast("Any", SimpleNamespace(uid=1000, pid=7, groups=frozenset(), permitted=()))
     assert isinstance(call(node, peer, "Fence.Pin", reason="r", **{"from": "host"}), NotPermitted)
     assert [(name, fields) for name, _, fields in told] == [
         ("peer-refused", {"method": "org.kvmneg.Fence.Pin", "uid": 1000, "pid": 7})
