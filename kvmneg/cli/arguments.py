@@ -32,11 +32,17 @@ class Parser(argparse.ArgumentParser):
     """argparse, with mistakes as UsageError, whole option names only, and the options of every command."""
 
     def __init__(
-        self, *, description: str | None = None, prog: str | None = None, add_help: bool = True
+        self,
+        *,
+        description: str | None = None,
+        prog: str | None = None,
+        add_help: bool = True,
+        color: bool = False,  # what Python 3.14 hands on to the parsers of verbs; Screen sees to colours
     ) -> None:
         super().__init__(
             prog=prog, description=description, allow_abbrev=False, add_help=add_help, formatter_class=_Help
         )
+        self.color = color
 
     def common(self) -> None:
         """The options that every command has."""
