@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     above: tuple[Above, ...]
 
     def to_json(self, uid: int | None = None) -> dict[str, Any]:
-        """As org.kvmneg.Fence.Plan on the wire; of guests those of one user, where one is given. All are counted."""
+        """As the type Change of org.kvmneg.Fence; of guests those of one user, where one is given. All are counted."""
         shown = [one.to_json() for one in self.above if uid in (None, one.holding.uid)]
         return {
             "kind": self.kind,

@@ -49,6 +49,13 @@ def test_the_name_is_the_files(interface):
 
 
 @pytest.mark.parametrize("interface", INTERFACES)
+def test_no_name_twice(interface):
+    """Types, methods and errors share one space of names: systemd's parser refuses what does not keep to it."""
+    names = re.findall(r"^(?:type|method|error) (\w+)", introspection.description(interface), re.MULTILINE)
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
 def test_inputs_are_what_parameters_are_checked_against(interface):
     methods = of_kind(interface, scanner._Method)
     assert {name: fields(method.in_type) for name, method in methods.items()} == METHODS[interface]
