@@ -178,13 +178,16 @@ class Event(NamedTuple):
 
 
 class Events:
-    """KVM's uevents; every other that came goes to `on_other`. Raises OSError where there are none to be had."""
+    """KVM's uevents; every other that came goes to `on_other`. Raises OSError where there are none to be had.
 
-    def __init__(self) -> None:
+    `fd` is as kvmneg.host.uevents takes it.
+    """
+
+    def __init__(self, fd: int = -1) -> None:
         from kvmneg.host.uevents import Uevents  # a daemon has it; `kvmneg host` need not
 
         self.on_other: Callable[[bytes], None] = lambda message: None
-        self._uevents = Uevents()
+        self._uevents = Uevents(fd)
 
     def fileno(self) -> int:
         return self._uevents.fileno()

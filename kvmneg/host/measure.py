@@ -36,7 +36,7 @@ ARCHITECTURE = ARM64 if os.uname().machine == "aarch64" else X86_64
 class Measurer:
     """Measures this host again and again. A context manager; one thread at a time."""
 
-    __slots__ = ("_path", "_roots", "_silicon", "_volatile", "proven", "vmms")
+    __slots__ = ("_path", "_roots", "_silicon", "_volatile", "networked", "proven", "vmms")
 
     def __init__(self, path: str = "/dev/kvm", *, roots: Roots = Roots()) -> None:  # noqa: B008 (immutable)
         self._path = path
@@ -46,6 +46,8 @@ class Measurer:
         self._silicon: tuple[Plan, list[list[CpuidEntry]]] | None = None
         # VMM builds, as kvmneg.host.vmm.known() gives them; set it when they are known
         self.vmms: Sequence[Mapping[str, str]] = ()
+        # what network devices offer, where somebody else has to look (kvmneg.host.apart)
+        self.networked: Callable[[], dict[str, int]] | None = None
         # combo → what guests on it saw, None where none ran; kvmneg.host.proof keeps it, running them takes too long
         self.proven: Callable[[Mapping[str, Any]], Kept | None] | None = None
 
@@ -106,7 +108,8 @@ class Measurer:
         if offline:
             measured["offline"] = offline  # no guest runs there; when they come online, it is measured again
         parts = self._x86(plan, combo) if ARCHITECTURE == X86_64 else self._arm64(plan)
-        parts["offer"].update(network.masks(self._roots.dev))
+        masks = self.networked() if self.networked else network.masks(self._roots.dev)
+        parts["offer"].update(masks)
         kept = self.proven(combo) if self.proven else None
         if kept is not None and parts.get("enforcement"):  # a KVM that cannot be tried is not proven either
             kept.add_to(parts, measured)

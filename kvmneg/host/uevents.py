@@ -19,9 +19,16 @@ _DEVICES = (b"kvm", b"tun", b"vhost-net")
 
 
 class Uevents:
-    """The kernel's messages. Raises OSError where there are none to be had."""
+    """The kernel's messages. Raises OSError where there are none to be had.
 
-    def __init__(self) -> None:
+    `fd` is a socket that a service manager bound to them already, and becomes this one's.
+    """
+
+    def __init__(self, fd: int = -1) -> None:
+        if fd >= 0:
+            self._socket = socket.socket(fileno=fd)
+            self._socket.setblocking(False)
+            return
         self._socket = socket.socket(
             socket.AF_NETLINK,
             socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,

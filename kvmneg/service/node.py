@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from kvmneg.features.report import Report
+    from kvmneg.host.apart import Apart
     from kvmneg.policy.negotiation import Answer
     from kvmneg.policy.request import Request
     from kvmneg.service.again import Again
@@ -80,6 +81,8 @@ class Node(Standing):
         # and time asleep counts.
         self._anchor = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         self._unknown: UnknownGuests | None = None
+        self.apart: Apart | None = None  # who looks into other users' processes for the daemon
+        self.events = -1  # a descriptor with the kernel's events, where the service manager passed one
         self._boot = boot
         self.leases = Leases(
             store.leases, files, boot=boot, wall=self.wall, on_trouble=on_trouble, descriptors=descriptors,
@@ -293,9 +296,15 @@ class Node(Standing):
     def unknown(self) -> UnknownGuests:
         """The VMs that nobody negotiated for."""
         if self._unknown is None:
+            from kvmneg.host.guests import Events
             from kvmneg.service.unknown import UnknownGuests  # a daemon starts without them
 
-            self._unknown = UnknownGuests(self.store.waivers(self._boot), self.leases.accounted)
+            self._unknown = UnknownGuests(
+                self.store.waivers(self._boot),
+                self.leases.accounted,
+                events=lambda: Events(self.events),
+                apart=self.apart,
+            )
         return self._unknown
 
     # -- the fence --------------------------------------------------------------------------------

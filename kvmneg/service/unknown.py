@@ -11,6 +11,7 @@ The daemon's own scratch VMs, and those of its children that look for it (kvmneg
 from __future__ import annotations
 
 import os
+import time
 from typing import NamedTuple
 
 from kvmneg import limits
@@ -22,6 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvmneg.host.apart import Apart, Question
     from kvmneg.service.loop import Loop, Timer
     from kvmneg.store.interface import Audit
     from kvmneg.store.waivers import Waivers
@@ -61,7 +63,9 @@ class UnknownGuests:
         *,
         proc: str = "/proc",
         events: Callable[[], guests.Events] = guests.Events,
+        apart: Apart | None = None,
     ) -> None:
+        """`apart` is who looks into other users' processes, where this one may not (kvmneg.host.apart)."""
         self.on_found: Callable[[Process], None] = lambda process: None  # told of each that comes
         # told of each uevent that is none of KVM's VMs, and of None where some were lost
         self.on_uevent: Callable[[bytes | None], None] = lambda message: None
@@ -69,6 +73,13 @@ class UnknownGuests:
         self._waivers = waivers
         self._proc = proc
         self._open_events = events
+        self._apart = apart
+        self._asked: Question | None = None
+        self._listening = False  # to what was asked, in the loop
+        self._answered = 0.0  # when `_holders` came, by the monotonic clock
+        # (pid, started) → VMs of those that had one then; and those whose event came since it was asked
+        self._holders: dict[tuple[int, int], int] = {}
+        self._since: set[tuple[int, int]] = set()
         self._events: guests.Events | None = None
         self._loop: Loop | None = None
         self._look: guests.Look | None = None
@@ -106,11 +117,65 @@ class UnknownGuests:
             self._loop.unwatch_fd(self._events.fileno())
             self._events.close()
             self._events = None
+        asked = self._unheard()
+        if asked is not None:
+            asked.close()
 
     def _begin_look(self) -> None:
-        if self._look is None:
+        assert self._loop is not None
+        if self._asked is not None or self._look is not None:
+            return
+        if self._ask():
+            assert self._asked is not None
+            self._loop.watch_fd(self._asked.fileno(), self._heard)
+            self._listening = True
+        else:
             self._look = guests.Look(self._proc)
             self._go_on()
+
+    def _ask(self) -> bool:
+        """Ask who looks apart; false where nobody can be asked: then what can be seen from here has to do."""
+        if self._apart is None:
+            return False
+        try:
+            self._asked = self._apart.ask("guests")
+        except OSError:
+            return False
+        self._since.clear()
+        return True
+
+    def _heard(self) -> None:
+        if self._asked is not None and self._asked.take():
+            self._take_answer(wait=False)
+
+    def _unheard(self) -> Question | None:
+        """What was asked, not watched any more."""
+        asked, self._asked = self._asked, None
+        if asked is not None and self._listening and self._loop is not None:
+            self._loop.unwatch_fd(asked.fileno())
+        self._listening = False
+        return asked
+
+    def _take_answer(self, *, wait: bool) -> None:
+        """The end of what was asked; where no answer came, what can be seen from here has to do."""
+        asked = self._unheard()
+        assert asked is not None
+        if wait:
+            asked.wait()
+        asked.close()
+        from kvmneg.host.apart import holders  # only where there is one
+
+        answer = holders(asked.answer)
+        if answer is None:
+            self._look = guests.Look(self._proc)
+            self._slice(None)
+            return
+        found, self._unreadable = answer
+        self._looked, self._hides = True, False
+        self._holders = {(process.pid, process.started): vms for process, vms in found}
+        self._answered = time.monotonic()
+        for process, _ in found:
+            self._add(process)
 
     def _go_on(self) -> None:
         """One slice; the next one when the loop has seen to the others."""
@@ -126,6 +191,8 @@ class UnknownGuests:
             self._look = None
             self._looked = True
             self._unreadable, self._hides = look.unreadable, look.hidden
+            if self._apart is not None:
+                self._holders |= {(process.pid, process.started): 1 for process in look.found}
             for process in look.found:
                 self._add(process)
         return done
@@ -141,11 +208,22 @@ class UnknownGuests:
             if event.kind == "create":
                 process = guests.process(event.pid, self._proc)
                 if process is not None:
+                    self._remember(process)
                     self._add(process)
         if lost:
             self.on_uevent(None)
             self._looked, self._look = False, None
             self._begin_look()
+
+    def _remember(self, process: Process) -> None:
+        """What was asked before it was made says nothing of it."""
+        if self._apart is None:
+            return
+        if len(self._since) >= limits.UNKNOWN_GUESTS:
+            # nobody has asked for long: then whoever does asks anew
+            self._since.clear()
+            self._looked = False
+        self._since.add((process.pid, process.started))
 
     def _add(self, process: Process) -> None:
         if self._is_ours(process):
@@ -191,7 +269,7 @@ class UnknownGuests:
         if self._unreadable and (hidden or self._count is None):
             return (
                 f"VMs that ran before kvmnegd, among {self._unreadable} processes whose descriptors it may not "
-                "read (CAP_SYS_PTRACE)"
+                "read (CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH)"
             )
         if self._hides and (hidden or self._count is None):
             return (
@@ -207,8 +285,11 @@ class UnknownGuests:
         if self._count is None or self._count <= len(self._found):
             return 0
         self._ours = {pid for pid in self._ours if guests.vms(pid, self._proc)}
-        known = {*self._found, *self._ours, os.getpid()}
-        return max(self._count - sum(guests.vms(pid, self._proc) for pid in known), 0)
+        seen = sum(guests.vms(pid, self._proc) for pid in {*self._ours, os.getpid()} - self._found.keys())
+        for pid, process in self._found.items():
+            told = self._holders.get((pid, process.started), 0)  # by who could count them
+            seen += max(told, guests.vms(pid, self._proc))
+        return max(self._count - seen, 0)
 
     def _catch_up(self) -> None:
         """Whoever asks gets the present: events that wait are taken, and a look is taken to its end."""
@@ -219,9 +300,23 @@ class UnknownGuests:
                     break
             else:  # faster than they are read: what there is only a look tells
                 self._looked = False
+        if self._apart is not None:
+            self._hear_now()
+            return
         if self._look is None and (not self._looked or self._events is None):
             self._look = guests.Look(self._proc)
         if self._look is not None:
+            self._slice(None)
+
+    def _hear_now(self) -> None:
+        """Where somebody else looks: once a second at most while events tell the rest, as it takes a tenth of one."""
+        recent = time.monotonic() - self._answered < limits.VOLATILE_SECONDS
+        needless = self._looked and self._events is not None and (recent or not self._found)
+        if self._asked is None and not needless and not self._ask():
+            self._look = self._look or guests.Look(self._proc)
+        if self._asked is not None:
+            self._take_answer(wait=True)
+        elif self._look is not None:
             self._slice(None)
 
     def _still(self, process: Process) -> bool:
@@ -232,7 +327,8 @@ class UnknownGuests:
         try:
             return guests.has_vm(process.pid, self._proc)
         except PermissionError:
-            return True
+            key = process.pid, process.started
+            return self._apart is None or key in self._holders or key in self._since
 
     def waive(self, pid: int, audit: Audit, generation: int) -> Unknown:
         """Let one not block any more, by an admin's word. Raises UsageError where it is none, StoreError."""
