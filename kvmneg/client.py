@@ -235,7 +235,7 @@ class Client(FenceCalls, GuestCalls, RollbackCalls):
         self.close()
         return errors.Unreachable(
             f"kvmnegd on {self.path} does not answer: {why}",
-            hint="`systemctl status kvmnegd` shows how it is",
+            hint="`systemctl status kvmneg` shows how it is",
         )
 
     def _unreachable(self, error: OSError) -> errors.KvmnegError:
@@ -246,7 +246,11 @@ class Client(FenceCalls, GuestCalls, RollbackCalls):
         why = os.strerror(error.errno) if error.errno else str(error)
         if error.errno == errno.EAGAIN:
             why = f"it took no connection for {self.timeout:g} seconds"
-        start = "systemctl start kvmnegd" if self.path == DEFAULT_SOCKET else f"kvmnegd --socket {self.path}"
+        start = (
+            "systemctl start kvmneg.socket"
+            if self.path == DEFAULT_SOCKET
+            else f"kvmnegd --socket {self.path}"
+        )
         hint = f"start it with `{start}`"
         if error.errno in (errno.ECONNREFUSED, errno.ENOTDIR) and not _may_be_socket(self.path):
             why, hint = "that is no socket", "name the socket that kvmnegd serves on"

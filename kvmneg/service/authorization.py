@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvmneg.service.peer import Peer
 
-ADMIN_GROUP = "kvmneg-admin"
+admin_group = "kvmneg-admin"  # kvmneg.toml may name another
 
 # units/org.kvmneg1.policy has these, each behind "org.kvmneg1."
 ACTIONS = (
@@ -29,7 +29,7 @@ def is_admin(peer: Peer) -> bool:
     import grp  # rarely needed: the peers that change things are root
 
     try:
-        admin = grp.getgrnam(ADMIN_GROUP).gr_gid
+        admin = grp.getgrnam(admin_group).gr_gid
     except KeyError:
         return False
     return admin in peer.groups
@@ -40,7 +40,7 @@ def require_admin(peer: Peer, what: str, action: str) -> None:
     if not (is_admin(peer) or permitted(peer, action)):
         raise NotPermitted(
             f"uid {peer.uid} may not {what}",
-            hint=f"ask as root, as the daemon's user, or as a member of the group {ADMIN_GROUP}",
+            hint=f"ask as root, as the daemon's user, or as a member of the group {admin_group}",
             action=polkit_name(action),
         )
 

@@ -133,11 +133,12 @@ class Bus:
         server.watch_fd(ended, lambda: self._ended(child, ended))
 
     def _environment(self) -> dict[str, str]:
-        """Ours, with the bus, and without what only the daemon may tell systemd."""
+        """Ours, with the bus and the limits as they are set, and without what only the daemon may tell systemd."""
         kept = {
             name: text for name, text in os.environ.items() if name not in ("NOTIFY_SOCKET", "WATCHDOG_PID")
         }
-        return {**kept, "DBUS_SYSTEM_BUS_ADDRESS": self._address}
+        bounds = {name: value for name, value in vars(limits).items() if name.startswith(("BUS_", "POLKIT_"))}
+        return {**kept, "DBUS_SYSTEM_BUS_ADDRESS": self._address, "KVMNEG_LIMITS": json.dumps(bounds)}
 
     def _ended(self, child: int, descriptor: int) -> None:
         server = self._server

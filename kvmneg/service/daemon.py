@@ -15,7 +15,7 @@ import sys
 
 from kvmneg import limits
 from kvmneg.errors import KvmnegError, StoreError, UsageError
-from kvmneg.service import options, systemd
+from kvmneg.service import lifecycle, options, systemd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from kvmneg.errors import LimitExceeded
     from kvmneg.features.report import Report
+    from kvmneg.host.apart import Apart
     from kvmneg.service.bus import Bus
     from kvmneg.service.node import Measurer, Node
     from kvmneg.service.options import Options
@@ -35,13 +36,14 @@ if TYPE_CHECKING:
 # Not before the calls that wait have their answers.
 _LATER_SECONDS = 1.0
 _TROUBLE = ("unmeasured", "breached", "unreadable", "readonly")
-_OWN_DESCRIPTORS = 128  # SQLite's, epoll's, and those a measurement opens
 
 
 def main() -> int:
     """The entry point: exit status as in kvmneg(1)."""
     try:
-        serve(options.parse(sys.argv[1:]))
+        arguments = options.parse(sys.argv[1:])
+        if not arguments.check:
+            serve(arguments)
     except KvmnegError as error:
         sys.stderr.write(f"kvmnegd: {error}\n")
         return error.exit_code
@@ -59,23 +61,25 @@ def serve(arguments: Options) -> None:
     """Serve until SIGTERM or SIGINT. Raises UsageError, StoreError, BadInput."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until there is a loop to end
-    _raise_descriptor_limit()
-    inherited = systemd.inherited_listener()
-    if inherited:
-        _serve_on(inherited, _path_of(inherited), arguments)
+    if arguments.settings:
+        arguments.settings.apply()
+    lifecycle.raise_descriptor_limit()
+    inherited = systemd.inherited()
+    if inherited.listener:
+        _serve_on(inherited.listener, _path_of(inherited.listener), arguments, inherited)
         return
     path = os.path.abspath(arguments.socket)
     with _listener(path) as listener:
         ours = _identity(path)
         try:
-            _serve_on(listener, path, arguments)
+            _serve_on(listener, path, arguments, inherited)
         finally:
             # while it still listens: once it does not, another daemon may serve there
             if ours and _identity(path) == ours:
                 _unlink(path)
 
 
-def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
+def _serve_on(listener: socket.socket, path: str, arguments: Options, inherited: systemd.Inherited) -> None:
     from kvmneg.policy.fence_text import Fence
     from kvmneg.service.contracts import ContractFiles
     from kvmneg.service.node import Node
@@ -85,9 +89,12 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
     from kvmneg.store.opening import open_store
 
     with open_store(arguments.state, lambda text: Fence.parse(text).digest) as store:
-        measurer, later = _measurer(arguments)
+        apart = _apart(path) if inherited.listener else None
+        measurer, later = _measurer(arguments, apart)
         files = ContractFiles(os.path.join(os.path.dirname(path), "contracts"))
-        node = Node(store, measurer, files, _print_trouble, boot=_boot())
+        descriptors = systemd.descriptors(inherited)
+        node = Node(store, measurer, files, _print_trouble, boot=_boot(), descriptors=descriptors)
+        node.apart, node.events = apart, inherited.events
         router = Router(node)
         server = Server(listener, router)
         router.attach(server)
@@ -95,7 +102,7 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options) -> None:
         server.on_trouble = _print_trouble
         server.on_limit = _tell_limit
         bus = _bus(router, arguments)
-        _schedule(server, node, bus)
+        lifecycle.schedule(server, node, arguments, lambda: _status(node), bus)
         node.leases.start(server)
         server.after(_LATER_SECONDS, lambda: _follow_strangers(server, node))
         node.changed.append(lambda: _tell_systemd(node))
@@ -124,7 +131,19 @@ def _bus(router: Router, arguments: Options) -> Bus | None:
     return router.bus
 
 
-def _measurer(arguments: Options) -> tuple[Measurer, list[VmmLookup | Prover]]:
+def _apart(path: str) -> Apart | None:
+    """Who looks at what systemd keeps from this one: the unit whose socket is beside the daemon's own."""
+    beside = os.path.join(os.path.dirname(path), "measure")
+    if not os.path.exists(beside):
+        return None
+    from kvmneg.host.apart import Apart  # only with units
+
+    found = Apart(beside)
+    found.hurry()  # it starts while the store is opened and KVM is asked
+    return found
+
+
+def _measurer(arguments: Options, apart: Apart | None) -> tuple[Measurer, list[VmmLookup | Prover]]:
     """What measures, and what finds out more when it serves: of this host its VMM builds and what guests see.
 
     Of a recorded report nothing.
@@ -138,6 +157,7 @@ def _measurer(arguments: Options) -> tuple[Measurer, list[VmmLookup | Prover]]:
     from kvmneg.service.vmms import VmmLookup
 
     host = HostMeasurer(arguments.kvm)
+    host.networked = apart.network if apart else None
     lookup = VmmLookup(arguments.state, host)
     return lookup, [lookup, Prover(arguments.state, arguments.kvm, host)]
 
@@ -218,35 +238,6 @@ def _path_of(listener: socket.socket) -> str:
             "the inherited socket has no absolute path", hint="the socket unit needs ListenStream=/…"
         )
     return path
-
-
-def _schedule(server: Server, node: Node, bus: Bus | None) -> None:
-    """Signals, the watchdog, and what the node does when nobody asks, in the server's loop."""
-
-    def stop(*_: object) -> None:
-        systemd.stopping()
-        node.leases.stop()
-        if bus is not None:
-            bus.stop()
-        server.stop()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    seconds = systemd.watchdog_seconds()
-    if seconds:
-        server.every(seconds, _watchdog)
-    server.every(limits.WATCH_POLL_SECONDS, node.keep_up)
-
-
-def _raise_descriptor_limit() -> None:
-    """Room for every connection and every process with a lease, beside what the daemon itself needs."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = limits.CONNECTIONS + limits.LEASES + _OWN_DESCRIPTORS
-    if soft < wanted and (hard == resource.RLIM_INFINITY or soft < hard):
-        hardest = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hardest, hard))
 
 
 def _announce(node: Node) -> None:
@@ -360,10 +351,6 @@ def _status(node: Node) -> str:
 
 def _leave(*_: object) -> None:
     raise SystemExit(0)
-
-
-def _watchdog() -> None:
-    systemd.watchdog()
 
 
 def _tell_systemd(node: Node) -> None:

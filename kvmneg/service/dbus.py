@@ -9,6 +9,7 @@ that there was one.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -308,6 +309,8 @@ def main(arguments: list[str]) -> int:
     """The child: `arguments` are the numbers of its two sockets."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # it ends with the daemon
+    for name, value in json.loads(os.environ.get("KVMNEG_LIMITS", "{}")).items():
+        setattr(limits, name, value)
     calls, listener = (socket.socket(fileno=int(text)) for text in arguments)
     for one in (calls, listener):
         one.setblocking(False)

@@ -121,12 +121,14 @@ class Keepers:
         gone = [(number, holder) for number, holder in holders if not self._keep_process(number, holder)]
         self._leave(gone)
 
-    def _keep_connection(self, connection: Connection, holders: dict[int, Holder]) -> None:
+    def _keep_connection(self, connection: Connection, holders: dict[int, Holder], kept_as: str = "") -> None:
+        """`kept_as` is the name under which the manager has it already."""
         if connection not in self._connections:
             self._connections[connection] = {}
             connection.on_closed = self._closed
-            self._descriptors.keep(_name(holders), connection.fd)
-            self._names[connection] = _name(holders)
+            if not kept_as:
+                self._descriptors.keep(_name(holders), connection.fd)
+            self._names[connection] = kept_as or _name(holders)
         self._connections[connection].update(holders)
 
     def adopt(self, server: Server) -> None:
@@ -135,11 +137,12 @@ class Keepers:
         A connection keeps whatever its process held by a connection: with several, all do, and the last one counts.
         """
         adopted: set[int] = set()
+        gone: list[tuple[int, Holder]] = []
         for name, fd in self._descriptors.kept():
-            self._descriptors.drop(name)
             try:
                 connection = server.acceptor.adopt(fd)
             except OSError:
+                self._descriptors.drop(name)
                 continue  # it was closed meanwhile: its process tells
             holder = self.of_connection(connection)
             watch = self._processes.get((holder.pid, holder.started))
@@ -149,16 +152,23 @@ class Keepers:
                 if one.by == "connection"
             }
             if not held:
+                self._descriptors.drop(name)
                 server.close_connection(connection)  # its leases have ended
                 continue
             adopted |= set(held)
-            self._keep_connection(connection, held)
+            if connection.closed:  # while no daemon was there to see it
+                self._descriptors.drop(name)
+                gone += held.items()
+            else:
+                self._keep_connection(connection, held, name)
         for key, watch in list(self._processes.items()):
             for number in adopted & set(watch.holders):
                 if watch.holders[number].by == "connection":
                     del watch.holders[number]
             if not watch.holders:
                 self._unwatch(self._processes.pop(key))
+        kept = {number for one in self._connections.values() for number in one}
+        self._leave((number, holder) for number, holder in gone if number not in kept)
 
     def _keep_process(self, incarnation: int, holder: Holder) -> bool:
         """Watch a process; false where it has certainly ended."""

@@ -31,7 +31,7 @@ def test_without_systemd_nothing_happens_and_nothing_is_imported():
     program = (
         "import sys; from kvmneg.service import systemd as s;"
         "assert not any((s.ready('x'), s.status('x'), s.stopping(), s.watchdog()));"
-        "assert s.inherited_listener() is None and s.watchdog_seconds() is None;"
+        "assert s.inherited() == s.Inherited() and s.watchdog_seconds() is None;"
         "assert 'systemd' not in sys.modules and 'systemd.daemon' not in sys.modules"
     )
     subprocess.run(
@@ -80,7 +80,7 @@ for number, fd in enumerate(held):
     os.dup2(fd, 3 + number)
 os.environ["LISTEN_PID"] = str(os.getpid())
 from kvmneg.service import systemd
-listener = systemd.inherited_listener()
+listener = systemd.inherited().listener
 assert "LISTEN_FDS" not in os.environ
 assert not os.get_inheritable(listener.fileno())
 print(listener.fileno(), flush=True)
@@ -153,4 +153,4 @@ def test_what_cannot_be_served(listener, kind, names, error):
 def test_descriptors_meant_for_another_process(listener, monkeypatch):
     monkeypatch.setenv("LISTEN_FDS", "1")
     monkeypatch.setenv("LISTEN_PID", "1")
-    assert systemd.inherited_listener() is None
+    assert systemd.inherited() == systemd.Inherited()

@@ -16,7 +16,9 @@ from kvmneg import errors, limits
 from kvmneg.cli import COMMANDS, arguments
 
 MAN = Path(__file__).parents[2] / "man"
-PAGES = ("kvmneg.1", "kvmnegd.8", "libkvmneg.3", "libkvmneg-client.3", "kvmneg-pytest.7", "org.kvmneg1.7")
+PAGES = (
+    "kvmneg.1", "kvmnegd.8", "libkvmneg.3", "libkvmneg-client.3", "kvmneg-pytest.7", "org.kvmneg1.7", "kvmneg.toml.5",
+)  # fmt: skip
 CLIENT = MAN.parent / "client"
 
 
