@@ -20,9 +20,11 @@ run: setup-run build  ## the main job on this host, narrated
 
 test: setup-test build $(VENV)/.test  ## all tests, linters included, in two emulated hosts too; PYTEST_ARGS= for a part
 	@$(BIN)/python -m tests.hosts build few || echo "the tests that need those hosts are skipped" >&2
+	@$(BIN)/python -m tests.units trixie || echo "the tests that need a systemd of their own are skipped" >&2
 	@$(BIN)/pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-test-hosts: setup-hosts build $(VENV)/.test  ## the tests that run in emulated hosts, in all of them
+test-hosts: setup-hosts build $(VENV)/.test  ## the tests that run in emulated hosts or under other systemds, in all of them
+	@$(BIN)/python -m tests.units || echo "the tests that need a systemd of their own are skipped" >&2
 	@$(BIN)/pytest -o faulthandler_timeout=1200 -m hosts --hosts=all tests $(PYTEST_ARGS)
 
 test-long: setup-test build $(VENV)/.test  ## kills, soaks and properties with many more examples

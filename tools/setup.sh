@@ -16,6 +16,7 @@ case ${1:-} in
         packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user scdoc mandoc shellcheck procps g++ gpg gpg-agent gpgv apt-utils libjson-c-dev)
         packages+=(dbus) # a private bus
         packages+=(clang libclang-rt-dev) # the fuzzers of tests/fuzz
+        packages+=(mmdebstrap) # the containers of tests/units
         packages+=(systemd) # journalctl reads the message catalogue, busctl calls
         # the hosts of tests/hosts, of either architecture
         packages+=(qemu-system-arm qemu-system-x86)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon's life under a real systemd: started by a call, killed, hung, reloaded, upgraded, without /dev/kvm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmneg import __version__
+from tests.conftest import kvm_problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from subprocess import Popen
+    from typing import Any
+
+    from tests.units.conftest import Installed
+
+pytestmark = pytest.mark.hosts
+
+VM = "3e4c2f6a-9d3b-4c1e-8a57-2f0d6b1c9e11"
+HOLDER = Path(__file__).parent / "holder.py"
+SETTINGS = "etc/kvmneg/kvmneg.toml"
+PACKAGE = "usr/lib/python3/dist-packages/kvmneg"
+
+
+class Holder:
+    """A VM monitor inside (tests/units/holder.py) that keeps a lease by its connection."""
+
+    def __init__(self, process: Popen[str]) -> None:
+        self._process = process
+
+    def do(self, *words: str) -> str:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(" ".join(words) + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+
+@contextmanager
+def holding(host: Installed, vm: str = VM) -> Iterator[Holder]:
+    shutil.copy(HOLDER, host.root / "tmp/holder.py")
+    with host.start("python3", "/tmp/holder.py") as process:
+        holder = Holder(process)
+        try:
+            assert holder.do("begin", vm).startswith("/run/kvmneg/contracts/")
+            yield holder
+        finally:
+            process.kill()
+
+
+def guests(host: Installed) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(host.run("kvmneg", "--json", "guests").stdout)["guests"]
+    return found
+
+
+def stored(host: Installed) -> int:
+    """How many descriptors lie with systemd."""
+    return int(host.show("kvmneg.service", "NFileDescriptorStore")["NFileDescriptorStore"])
+
+
+def kill(host: Installed, number: int = signal.SIGKILL) -> int:
+    """Signal the daemon; its number."""
+    pid = host.main_pid()
+    host.run("kill", f"-{number}", str(pid))
+    return pid
+
+
+def test_the_first_call_starts_it(boot: Callable[..., Installed]) -> None:
+    host = boot()
+    host.serve_recorded()
+    host.enable()
+    assert host.show("kvmneg.service", "ActiveState") == {"ActiveState": "inactive"}
+    host.run("kvmneg", "guests")
+    assert host.show("kvmneg.service", "ActiveState") == {"ActiveState": "active"}
+    host.run("systemctl", "stop", "kvmneg.service")
+    assert host.show("kvmneg.service", "Result", "ExecMainStatus") == {
+        "Result": "success",
+        "ExecMainStatus": "0",
+    }
+    assert (host.root / "run/kvmneg/contracts").is_dir()  # and so is the socket, which starts it again
+    host.run("kvmneg", "guests")
+
+
+def test_killed_it_comes_back_with_its_leases_and_serves_them_on(served: Installed) -> None:
+    with holding(served) as holder:
+        before = guests(served)
+        assert [one["vm"] for one in before] == [VM] and stored(served) == 1
+        for _ in range(2):
+            pid = kill(served)
+            served.wait("another daemon", lambda pid=pid: served.restarted(pid))
+            assert holder.do("ask") == __version__  # on the connection it had
+            assert guests(served) == before and stored(served) == 1
+        assert holder.do("close") == "closed"
+        served.wait("its lease has ended", lambda: not guests(served))
+        served.wait("nothing is kept", lambda: stored(served) == 0)
+
+
+def test_a_connection_that_closes_while_it_is_down_lets_go(served: Installed) -> None:
+    """Its process lives on, so only the stored descriptor can tell."""
+    served.drop_in("RestartSec=3s")
+    with holding(served) as holder:
+        pid = kill(served)
+        assert holder.do("close") == "closed"
+        assert not served.restarted(pid)
+        served.wait("another daemon", lambda: served.restarted(pid))
+        assert guests(served) == [] and stored(served) == 0
+
+
+def test_a_daemon_that_hangs_is_replaced(served: Installed) -> None:
+    served.drop_in("WatchdogSec=3s")
+    with holding(served) as holder:
+        time.sleep(4)
+        pid = kill(served, signal.SIGSTOP)  # it outlived its watchdog's time
+        assert served.show("kvmneg.service", "NRestarts") == {"NRestarts": "0"}
+        served.wait("another daemon", lambda: served.restarted(pid))
+        assert "watchdog" in served.journal("kvmneg.service").lower()
+        assert [one["vm"] for one in guests(served)] == [VM]
+        assert holder.do("ask") == __version__
+
+
+def test_reload(served: Installed) -> None:
+    """A good file is taken without a restart; a bad one fails the reload, and changes nothing."""
+    served.run("kvmneg", "guests")
+    pid = served.main_pid()
+    settings = served.root / SETTINGS
+    settings.write_text("[limits]\nREASON_CHARACTERS = 20\n")
+    long = ("kvmneg", "fence", "pin", "--from", "host", "--reason", "more than twenty characters")
+    served.run("systemctl", "reload", "kvmneg.service")
+    served.wait("the new limit", lambda: served.run(*long, check=False).returncode)
+    assert "REASON_CHARACTERS" in served.run(*long, check=False).stderr
+
+    settings.write_text("# a mistake\n[limits]\nREASON_CHARACTERS = 20\nCONNECTION = 7\n")
+    done = served.run("systemctl", "reload", "kvmneg.service", check=False)
+    assert done.returncode
+    said = served.journal("kvmneg.service")
+    assert f"/{SETTINGS}:4: limits.CONNECTION: there is no such setting" in said
+    assert "did you mean CONNECTIONS?" in said
+
+    kill(served, signal.SIGHUP)  # past the check: the daemon keeps what it has
+    served.wait("why", lambda: "settings not reloaded" in served.status_text())
+    assert served.run(*long, check=False).returncode
+    assert "the settings stay as they were" in served.journal("kvmneg.service")
+
+    settings.unlink()
+    served.run("systemctl", "reload", "kvmneg.service")
+    served.wait("the delivered limit", lambda: served.run(*long, check=False).returncode == 0)
+    assert served.main_pid() == pid
+    shown = served.show("kvmneg.service", "ActiveState", "SubState", "NRestarts")
+    assert shown == {"ActiveState": "active", "SubState": "running", "NRestarts": "0"}
+
+
+def test_a_bad_file_at_start_says_where(boot: Callable[..., Installed]) -> None:
+    host = boot()
+    (host.root / "etc/kvmneg").mkdir(exist_ok=True)
+    (host.root / SETTINGS).write_text("socket = '/run/x'\nsocket = 3\n")
+    host.run("systemctl", "start", "kvmneg.service", check=False)
+    assert f"/{SETTINGS}:2: not TOML" in host.journal("kvmneg.service")
+
+
+def test_upgraded_in_place(served: Installed) -> None:
+    """Other files, a restart as a package does it: fence, leases and their connections are as before."""
+    served.run("kvmneg", "fence", "pin", "--from", "host", "--reason", "a test")
+    with holding(served) as holder:
+        fence, before = served.run("kvmneg", "--json", "fence", "show").stdout, guests(served)
+        source = served.root / PACKAGE / "__init__.py"
+        source.write_text(source.read_text().replace(f'"{__version__}"', '"99.0"'))
+        served.run("systemctl", "try-restart", "kvmneg.service")
+        assert holder.do("ask") == "99.0"
+        assert served.run("kvmneg", "--json", "fence", "show").stdout == fence
+        assert guests(served) == before and stored(served) == 1
+
+
+def test_without_kvm_it_stays_up_and_measures_when_kvm_comes(boot: Callable[..., Installed]) -> None:
+    host = boot(kvm=False)
+    host.enable()
+    done = host.run("kvmneg", "negotiate", "--json", given='{"level": "x86-64-v2"}', check=False)
+    assert done.returncode == 3, done.stderr
+    assert "unmeasured" in host.status_text()
+    assert "/dev/kvm" in host.journal("kvmneg.service")
+    pid = host.main_pid()
+    if kvm_problem():
+        pytest.skip(f"no usable KVM: {kvm_problem()}")
+    node = Path("/dev/kvm").stat()
+    host.run(
+        "mknod", "--mode=0660", "/dev/kvm", "c", str(os.major(node.st_rdev)), str(os.minor(node.st_rdev))
+    )
+    host.run("chgrp", "kvm", "/dev/kvm")
+    host.wait("a measurement", lambda: "floating" in host.status_text() or _asked(host))
+    assert host.main_pid() == pid
+
+
+def _asked(host: Installed) -> bool:
+    """It looks when it is asked, and by itself every half minute; a test need not wait for that."""
+    host.run("kvmneg", "negotiate", "--json", given='{"level": "x86-64-v1"}', check=False)
+    return "floating" in host.status_text()
+
+
+def test_this_host_is_measured(boot: Callable[..., Installed]) -> None:
+    """/dev/kvm by the service itself, TAP by the unit that may open it; and a VM of another user is seen."""
+    if kvm_problem():
+        pytest.skip(f"no usable KVM: {kvm_problem()}")
+    host = boot()
+    host.enable()
+    code = "from kvmneg.client import Client; import json; print(json.dumps(Client().get_host()['host']))"
+    report = json.loads(host.run("python3", "-c", code).stdout)
+    assert report["measured"]["source"] == "kvm"
+    if (host.root / "dev/net/tun").exists():
+        assert int(report["offer"]["tap:features"], 16)
+    program = (  # KVM_CREATE_VM
+        "import os, fcntl, sys; kvm = os.open('/dev/kvm', os.O_RDWR); vm = fcntl.ioctl(kvm, 0xAE01, 0);"
+        "print(vm, flush=True); sys.stdin.read()"
+    )
+    with host.start("python3", "-c", program, user="kvmneg") as stranger:
+        assert stranger.stdout and stranger.stdin
+        stranger.stdout.readline()
+        with host.start("python3", "-c", program) as other:
+            assert other.stdout and other.stdin
+            other.stdout.readline()
+            answer = json.loads(host.run("kvmneg", "--json", "guests").stdout)
+            assert sorted(one["uid"] for one in answer["unknown"])[0] == 0
+            assert answer["missed"] is None
+            other.stdin.close()
+        stranger.stdin.close()
+    host.wait(
+        "they are gone", lambda: not json.loads(host.run("kvmneg", "--json", "guests").stdout)["unknown"]
+    )

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The file systems of the containers, made once and kept in the user's cache. As root only.
+
+Below ${XDG_CACHE_HOME:-~/.cache}/kvmneg/containers:
+
+    SUITE.DIGEST/            Debian with systemd, Python and what kvmnegd needs, made by mmdebstrap
+    project.DIGEST/          what `meson install` puts there, for all suites
+    layer-SUITE.DIGEST/      what lies over a suite's tree: the project, its users, its compiled modules
+
+Nothing is ever changed in a finished one: containers write elsewhere. Each appears by one rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..hosts.cache import digest, used
+from ..packages.archive import _NO_CONNECTION, find_archive
+from ..packages.errors import NoTool, PackageError, Unreachable
+from ..packages.store import cache_directory
+
+TOP = Path(__file__).parents[2]
+SUITES = {
+    "bookworm": 252,
+    "trixie": 257,
+    "sid": 262,
+}  # the oldest systemd that is served, the newest, and between
+PACKAGES = (
+    "systemd", "systemd-sysv", "dbus", "polkitd", "python3", "python3-cffi-backend", "python3-systemd",
+    "python3-pyroute2", "procps",
+)  # fmt: skip
+_KEPT = 4  # of a kind: containers of another checkout may stand on one
+_SOURCES = ("pyproject.toml", "meson.build", "meson.options", "kvmneg", "csrc", "units", "man", "tools")
+_PYTHON = "/usr/lib/python3/dist-packages"  # of every Debian release
+_SECONDS = 900
+
+
+def directory() -> Path:
+    found = cache_directory().parent / "containers"
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def tree(suite: str) -> Path:
+    """A suite's tree. Raises Unreachable, NoTool, PackageError."""
+    return _made(suite, digest(*PACKAGES), lambda path: _bootstrap(suite, path))
+
+
+def layer(suite: str) -> Path:
+    """What lies over the suite's tree. Raises as `tree` does."""
+    below, sources = tree(suite), _sources()
+    project = _made("project", sources, _install)
+    return _made(f"layer-{suite}", digest(below.name, sources), lambda path: _lay(below, project, path))
+
+
+def _bootstrap(suite: str, path: Path) -> None:
+    archive = find_archive()
+    words = [
+        "mmdebstrap", "--quiet", "--variant=minbase", "--mode=root", "--format=directory",
+        f"--keyring={archive.keyring}", "--aptopt=APT::Install-Recommends \"false\"", f"--include={','.join(PACKAGES)}",
+    ]  # fmt: skip
+    if suite == "sid":  # a mirror a few days behind outlives its Valid-Until; signatures still bind
+        words.append('--aptopt=Acquire::Check-Valid-Until "false"')
+    _run([*words, suite, str(path), archive.mirror], f"making a tree of {suite}")
+
+
+def _sources() -> str:
+    """A digest of everything that is installed, or says what is."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *_SOURCES]
+    names = subprocess.run(listed, cwd=TOP, check=True, capture_output=True, text=True).stdout.splitlines()
+    files = [(name, TOP / name) for name in sorted(names)]
+    return digest(*(part for name, path in files if path.is_file() for part in (name, path.read_bytes())))
+
+
+def _install(path: Path) -> None:
+    """`make install`, for Debian's Python instead of this one's."""
+    with tempfile.TemporaryDirectory() as folder:
+        native = Path(folder, "native.ini")
+        native.write_text("[binaries]\npython = '/usr/bin/python3'\n", "utf-8")
+        meson = [sys.executable, "-P", "-m", "mesonbuild.mesonmain"]
+        where = [f"-Dpython.purelibdir={_PYTHON}", f"-Dpython.platlibdir={_PYTHON}", "-Dclient=disabled"]
+        setup = [
+            "setup",
+            "--prefix=/usr",
+            "--libexecdir=libexec",
+            f"--native-file={native}",
+            *where,
+            f"{folder}/build",
+        ]
+        # what builds the extension is this Python's
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        _run([*meson, *setup], "setting the build up", environment)
+        _run(
+            [*meson, "install", "--quiet", "-C", f"{folder}/build", "--destdir", str(path)],
+            "installing",
+            environment,
+        )
+
+
+_LAY = """
+set -eu
+mount -t tmpfs -o size=1m tmpfs "$4"
+mkdir "$4/root"
+mount -t overlay -o "lowerdir=$1,upperdir=$2,workdir=$3" overlay "$4/root"
+chroot "$4/root" systemd-sysusers
+chroot "$4/root" journalctl --update-catalog
+chroot "$4/root" systemctl --quiet mask console-getty.service systemd-modules-load.service
+chroot "$4/root" python3 -m compileall -q /usr/lib/python3/dist-packages/kvmneg
+"""
+
+
+def _lay(below: Path, project: Path, path: Path) -> None:
+    shutil.copytree(project, path, symlinks=True, dirs_exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as work, tempfile.TemporaryDirectory() as merged:
+        words = ["unshare", "--mount", "--propagation=private", "sh", "-c", _LAY, "sh"]
+        _run([*words, str(below), str(path), work, merged], "laying the project over it")
+
+
+def _run(words: list[str], step: str, environment: dict[str, str] | None = None) -> None:
+    try:
+        done = subprocess.run(
+            words, cwd=TOP, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=_SECONDS, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise NoTool(f"{words[0]} is not installed") from None
+    if done.returncode:
+        said = done.stdout + done.stderr
+        text = f"{step}: {'; '.join(said.splitlines()[-12:])}"
+        raise (Unreachable if _NO_CONNECTION.search(said) else PackageError)(text)
+
+
+def _made(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+    """The folder KIND.KEY, made by `make(path)` in a new folder where it is missing."""
+    target = directory() / f"{kind}.{key}"
+    with _locked(kind):
+        if not target.exists():
+            new = directory() / f".new-{kind}"
+            shutil.rmtree(new, ignore_errors=True)  # of a process that was killed: the lock is ours
+            new.mkdir(mode=0o755)
+            try:
+                make(new)
+                new.rename(target)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+            found = sorted(
+                directory().glob(f"{kind}.*/"), key=lambda path: path.stat().st_mtime, reverse=True
+            )
+            for path in [path for path in found if path != target][_KEPT - 1 :]:
+                shutil.rmtree(path, ignore_errors=True)
+        return used(target)
+
+
+@contextmanager
+def _locked(kind: str) -> Iterator[None]:
+    """One process at a time; the kernel frees the lock of one that dies."""
+    with open(directory() / f".{kind}.lock", "w", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
