@@ -7,6 +7,7 @@ import select
 import socket
 from collections import deque
 
+from kvmneg.errors import LimitExceeded
 from kvmneg.service import message
 from kvmneg.service.peer import Peer
 
@@ -118,3 +119,5 @@ class Connection:
         except OSError:
             pass  # it has gone
         self.server.close_connection(self)
+        if isinstance(error, LimitExceeded):
+            self.server.guarded(lambda: self.server.on_limit(error, self.peer))

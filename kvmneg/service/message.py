@@ -24,6 +24,10 @@ class Malformed(Exception):
     """Not a varlink call. There is no reply to such a message: the connection is closed."""
 
 
+class Later(Exception):
+    """A call cannot be answered yet. It is made again at `Server.unpark`; until then its connection waits."""
+
+
 class ServiceError(Exception):
     """An error that any method of any varlink service may give: org.varlink.service.*, one string each.
 

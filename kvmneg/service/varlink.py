@@ -23,6 +23,7 @@ from kvmneg.service.message import (
     ExpectedMore,
     InterfaceNotFound,
     InvalidParameter,
+    Later,
     MethodNotFound,
     MethodNotImplemented,
     ServiceError,
@@ -49,10 +50,6 @@ _EVENTS_PER_TURN = 64
 _INTERNAL = error_reply(
     KvmnegError.varlink, {"message": "an internal error of kvmnegd", "hint": "its log has more"}
 )
-
-
-class Later(Exception):
-    """A call cannot be answered yet. It is made again at `Server.unpark`; until then its connection waits."""
 
 
 class Dispatch:
@@ -89,9 +86,8 @@ class Server(Loop):
         limits: Any = default_limits,
     ) -> None:
         super().__init__(clock)
-        # no descriptors left; called once in a while, however often it happens
+        # no descriptors left: once in a while, however often it happens; a peer went over a limit: each time
         self.on_trouble: Callable[[str], None] = lambda text: None
-        # a peer went over a limit of the transport: each time
         self.on_limit: Callable[[LimitExceeded, Peer], None] = lambda error, peer: None
         self._limits = limits
         self._dispatch = dispatch
@@ -210,9 +206,7 @@ class Server(Loop):
             end = buffer.find(0, start)
         connection.buffer = buffer[start:]
         if (end if end >= 0 else len(buffer)) - start > limits.CALL_BYTES:
-            error = LimitExceeded("CALL_BYTES", limits.CALL_BYTES, "one call was longer")
-            connection.drop(error)
-            self.guarded(lambda: self.on_limit(error, connection.peer))
+            connection.drop(LimitExceeded("CALL_BYTES", limits.CALL_BYTES, "one call was longer"))
         self._settle(connection)
 
     def _answer(self, connection: Connection, call: bytes) -> bytes | None:
