@@ -374,9 +374,12 @@ def _print_internal_error(error: BaseException) -> None:
 
 
 def _print_trouble(text: str) -> None:
-    from kvmneg.service import telling  # where there is any
+    try:
+        from kvmneg.service import telling  # where there is any
 
-    telling.trouble(text)
+        telling.trouble(text)
+    except (ImportError, OSError):  # no descriptor is left, not even for reading a module
+        sys.stderr.write(f"kvmnegd: {text}\n")
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ set -eu
 mount -t tmpfs -o size=1m tmpfs "$4"
 mkdir "$4/root"
 mount -t overlay -o "lowerdir=$1,upperdir=$2,workdir=$3" overlay "$4/root"
+mount -t proc proc "$4/root/proc"
 chroot "$4/root" systemd-sysusers
 chroot "$4/root" journalctl --update-catalog
 chroot "$4/root" systemctl --quiet mask console-getty.service systemd-modules-load.service
