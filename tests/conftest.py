@@ -84,6 +84,12 @@ def kvm_problem() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def temporary_folder_of_inner_runs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A pytest that a test starts has a folder in this one's: else it would close the common one to other users again."""
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = str(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session", autouse=True)
 def count_ioctls() -> Iterator[None]:
     """Keep every handle that a test makes, so that the summary can count its ioctls."""
     from kvmneg.host.kvm import Kvm
