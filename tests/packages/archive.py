@@ -26,7 +26,7 @@ SOURCES = Path("/etc/apt")
 # Indices of these suites carry a Valid-Until that a mirror a few days behind outlives; signatures still bind.
 _MOVING = ("sid", "unstable", "experimental")
 # What apt says where the mirror cannot be reached, as opposed to: what it holds is wrong.
-_NO_CONNECTION = re.compile(
+NO_CONNECTION = re.compile(
     r"Temporary failure resolving|Could not resolve|Cannot initiate the connection|Could not connect"
     r"|Unable to connect|Connection (?:failed|refused|timed out)|Network is unreachable|No route to host"
     r"|50[234]  "
@@ -181,7 +181,7 @@ class Suite:
         """apt's complaint as one of our errors: its lines that are errors or warnings."""
         lines = [line for line in said.splitlines() if line[:2] in ("E:", "W:")] or said.splitlines()[-3:]
         text = f"{step}: {'; '.join(lines)}"
-        if _NO_CONNECTION.search(text):
+        if NO_CONNECTION.search(text):
             return Unreachable(text)
         return Missing(text) if _ABSENT.search(text) else PackageError(text)
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..hosts.cache import digest, used
-from ..packages.archive import _NO_CONNECTION, find_archive
+from ..packages.archive import NO_CONNECTION, find_archive
 from ..packages.errors import NoTool, PackageError, Unreachable
 from ..packages.store import cache_directory
 
@@ -136,7 +136,7 @@ def _run(words: list[str], step: str, environment: dict[str, str] | None = None)
     if done.returncode:
         said = done.stdout + done.stderr
         text = f"{step}: {'; '.join(said.splitlines()[-12:])}"
-        raise (Unreachable if _NO_CONNECTION.search(said) else PackageError)(text)
+        raise (Unreachable if NO_CONNECTION.search(said) else PackageError)(text)
 
 
 def _made(kind: str, key: str, make: Callable[[Path], None]) -> Path:
