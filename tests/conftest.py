@@ -85,7 +85,7 @@ def kvm_problem() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder_of_inner_runs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A pytest that a test starts has a folder in this one's: else it would close the common one to other users again."""
+    """A pytest that a test starts has a folder in this one's: it would close the common one to other users again."""
     os.environ["PYTEST_DEBUG_TEMPROOT"] = str(tmp_path_factory.getbasetemp())
 
 

@@ -143,9 +143,15 @@ class Served(Daemon):
         """Those that serve D-Bus."""
         assert self.process is not None
         found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [
-            int(pid) for pid in found if b"kvmneg.service.dbus" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        return [int(pid) for pid in found if b"kvmneg.service.dbus" in _command(pid)]
+
+
+def _command(pid: str) -> bytes:
+    """A process's command line, b"" of one that has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 @pytest.fixture
