@@ -11,7 +11,6 @@ import errno
 import os
 
 from kvmneg.errors import NotPermitted, StoreError, UsageError
-from kvmneg.host import guests
 from kvmneg.service.authorization import is_admin, permitted, polkit_name
 from kvmneg.store.interface import Holder
 
@@ -68,11 +67,15 @@ class Keepers:
     def of_connection(self, connection: Connection) -> Holder:
         """The peer as a keeper by its connection."""
         peer = connection.peer
+        from kvmneg.host import guests  # with the first lease
+
         process = guests.process(peer.pid, self._proc) if peer.pid > 0 else None
         return Holder(peer.pid, process.started if process else 0, "connection")
 
     def of_process(self, pid: int, peer: Peer) -> Holder:
         """A process as a keeper by its life. Raises UsageError (there is none), NotPermitted (another user's)."""
+        from kvmneg.host import guests
+
         process = guests.process(pid, self._proc) if pid > 0 else None
         if process is None:
             raise UsageError(
@@ -194,6 +197,8 @@ class Keepers:
         except OSError as error:
             # EINVAL: the number of a thread now, so of another task
             return None if error.errno == errno.EINVAL else -1
+        from kvmneg.host import guests
+
         process = guests.process(holder.pid, self._proc)
         if process is not None and holder.started and process.started != holder.started:
             os.close(fd)

@@ -12,7 +12,7 @@ from functools import partial
 
 from kvmneg import limits
 from kvmneg.errors import Blocked, KvmnegError, NotPermitted
-from kvmneg.service import guests, introspection, parameters
+from kvmneg.service import introspection, parameters
 from kvmneg.service.interfaces import CACHEABLE, Interfaces
 from kvmneg.service.shares import Shares
 from kvmneg.service.varlink import (
@@ -42,8 +42,11 @@ if TYPE_CHECKING:
 # between the daemon and its child that serves D-Bus, and nobody else: kvmneg.service.bus
 BUS = "org.kvmneg.Bus."
 
-# interfaces that are an admin's: the modules with their handlers
-_ROOMS = {"org.kvmneg.Rollback": "kvmneg.service.interfaces_rolls"}
+# interfaces that no negotiation needs: the modules with their handlers
+_ROOMS = {
+    "org.kvmneg.Guests": "kvmneg.service.guests",
+    "org.kvmneg.Rollback": "kvmneg.service.interfaces_rolls",
+}
 
 
 class Router(Dispatch):
@@ -52,7 +55,7 @@ class Router(Dispatch):
     def __init__(self, node: Node) -> None:
         self._node = node
         self._interfaces = Interfaces(node)
-        self._handlers = {**self._interfaces.handlers(), **guests.handlers(node)}
+        self._handlers = self._interfaces.handlers()
         self._watchers = Subscriptions()
         self._replies: dict[bytes, bytes] = {}  # what may be given out without a look at the host
         # what may be given out after one, with the digest that it offers, if any
