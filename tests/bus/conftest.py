@@ -87,7 +87,9 @@ class Bus:
         )
 
     def has(self, name: str) -> bool:
-        return self.busctl("status", name).returncode == 0
+        # not `busctl status`, which looks for the owner's cgroup too
+        driver = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
+        return self.busctl("call", *driver, "NameHasOwner", "s", name).stdout == "b true\n"
 
 
 class Refused(Exception):
@@ -216,9 +218,11 @@ def polkit(bus: Bus, tmp_path: Path) -> Iterator[Polkit]:
     made = Polkit(tmp_path)
     command = [sys.executable, str(HERE / "fake_polkit.py"), str(made.rules), str(made.log)]
     with subprocess.Popen(command, env=os.environ) as process:
-        until(lambda: bus.has("org.freedesktop.PolicyKit1"))
-        yield made
-        process.kill()
+        try:
+            until(lambda: bus.has("org.freedesktop.PolicyKit1"))
+            yield made
+        finally:
+            process.kill()
 
 
 @pytest.fixture
