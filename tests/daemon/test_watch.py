@@ -27,6 +27,7 @@ from kvmneg.policy import combos
 from kvmneg.service import changes, watch
 from kvmneg.service.again import Again
 from kvmneg.service.watch import Watcher
+from tests.namespaces import unshare
 
 from .test_again import Apart, InTree, Turning, lose, offers, watches
 
@@ -260,7 +261,7 @@ def test_the_kernel_s_own_messages() -> None:
     """In a network namespace, whose devices' events stay there."""
     if os.geteuid():
         pytest.skip("needs root: a network namespace")
-    command = ["unshare", "--net", "--mount", "sh", "-ec", 'mount -t sysfs none /sys; exec "$@"', "sh"]
+    command = [*unshare("--net", "--mount"), "sh", "-ec", 'mount -t sysfs none /sys; exec "$@"', "sh"]
     program = [sys.executable, "-P", "-c", _IN_NAMESPACE]
     done = subprocess.run([*command, *program], capture_output=True, text=True, check=False, timeout=60)
     assert (done.stderr, done.stdout) == ("", "change@/devices/virtual/net/lo\n")

@@ -17,6 +17,7 @@ import pytest
 from kvmneg import limits
 from kvmneg.service import journal
 from kvmneg.service.journal import EVENTS
+from tests.namespaces import unshare
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -273,7 +274,7 @@ def test_libsystemd_sends_it(tmp_path: Path) -> None:
     if os.geteuid():
         pytest.skip("needs root: a mount namespace")
     program = [sys.executable, "-P", "-c", _IN_NAMESPACE]
-    command = ["unshare", "--mount", "sh", "-ec", 'mount -t tmpfs none /run; exec "$@"', "sh", *program]
+    command = [*unshare("--mount"), "sh", "-ec", 'mount -t tmpfs none /run; exec "$@"', "sh", *program]
     done = subprocess.run(command, capture_output=True, check=True)
     assert done.stderr == b"kvmnegd: both\nkvmnegd: hand\n"
     *fields, last = done.stdout.split(b"\n")[:-1]
