@@ -177,10 +177,7 @@ def _import(node: Node, connection: Connection, given: dict[str, Any]) -> dict[s
     from kvmneg.service.interfaces import audit
 
     record = audit(connection, "import a guest", given["reason"], "import")
-    if given["pid"] not in {one.process.pid for one in node.unknown.all()}:
-        raise UsageError(
-            f"process {given['pid']} has no VM that is unknown", hint="`kvmneg guests` lists them"
-        )
+    node.unknown.of(given["pid"])  # nothing else is taken on
     if "contract" in given:
         contract = _contract(given["contract"])
     else:  # nobody knows what it has: what it could have at most

@@ -332,8 +332,13 @@ class UnknownGuests:
 
     def waive(self, pid: int, audit: Audit, generation: int) -> Unknown:
         """Let one not block any more, by an admin's word. Raises UsageError where it is none, StoreError."""
+        one = self.of(pid)
+        self._waivers.add(one.process, audit, generation)
+        return one._replace(waived=audit.reason)
+
+    def of(self, pid: int) -> Unknown:
+        """The one of a process, waived or not. Raises UsageError where it is none."""
         for one in self.all():
             if one.process.pid == pid:
-                self._waivers.add(one.process, audit, generation)
-                return one._replace(waived=audit.reason)
+                return one
         raise UsageError(f"process {pid} has no VM that is unknown", hint="`kvmneg guests` lists them")

@@ -94,9 +94,14 @@ def loop() -> Iterator[Turning]:
 def apart(node: Node, host: Apart, loop: Turning) -> Iterator[Again]:
     node.again = Again(loop, node, host, os.devnull)  # a device that is there
     yield node.again
-    if node.again.busy:
-        node.again._forget_child(kill=True)
-    for child in node.again._ending:
+    end(node.again)
+
+
+def end(again: Again) -> None:
+    """No child outlives its test."""
+    if again.busy:
+        again._forget_child(kill=True)
+    for child in again._ending:
         os.waitpid(child, 0)
 
 

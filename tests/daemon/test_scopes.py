@@ -18,7 +18,7 @@ from kvmneg.policy.request import Request
 from kvmneg.service import guests, interfaces_rolls, moves, rolls
 from kvmneg.service.contracts import ContractFiles
 from kvmneg.service.node import Node
-from kvmneg.service.unknown import Unknown
+from kvmneg.service.unknown import Unknown, UnknownGuests
 from kvmneg.store.interface import Audit
 from kvmneg.store.sqlite import SqliteStore
 
@@ -38,12 +38,12 @@ def caller(uid: int, pid: int = 1) -> Any:
     return SimpleNamespace(peer=SimpleNamespace(uid=uid, pid=pid, groups=frozenset()), fd=-1)
 
 
-class Strangers:
+class Strangers(UnknownGuests):
     """Stands in for VMs that nobody negotiated for; the recorded host counts as measured here then."""
 
     def __init__(self, node: Node, *found: Unknown) -> None:
         self.found = list(found)
-        node._unknown = self  # type: ignore[assignment]
+        node._unknown = self
         node.report.measured["source"] = "kvm"
 
     def all(self) -> list[Unknown]:

@@ -29,7 +29,7 @@ from kvmneg.service.again import Again
 from kvmneg.service.watch import Watcher
 from tests.namespaces import unshare
 
-from .test_again import Apart, InTree, Turning, lose, offers, watches
+from .test_again import Apart, InTree, Turning, end, lose, offers, watches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,10 +95,7 @@ def apart(node: Node, host: Apart, loop: Turning, tmp_path: Path) -> Iterator[Ag
     node.again = Again(loop, node, host, str(tmp_path / "dev/kvm"))
     (tmp_path / "dev/kvm").touch()
     yield node.again
-    if node.again.busy:
-        node.again._forget_child(kill=True)
-    for child in node.again._ending:
-        os.waitpid(child, 0)
+    end(node.again)
 
 
 @pytest.fixture
