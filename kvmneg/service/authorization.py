@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who may change the fence: root, the daemon's own user, and the members of the admin group.
 
-Nobody else, unless there is a bus with polkit on it and that permits the one action (kvmneg.service.bus).
+Nobody else, unless there is a bus with polkit on it and that permits the one action (kvmneg.service.bus.child).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from kvmneg.errors import NotPermitted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kvmneg.service.peer import Peer
+    from kvmneg.service.varlink.peer import Peer
 
 admin_group = "kvmneg-admin"  # kvmneg.toml may name another
 

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from kvmneg.errors import LimitExceeded
     from kvmneg.features.report import Report
     from kvmneg.host.apart import Apart
-    from kvmneg.service.bus import Bus
+    from kvmneg.service.bus.child import Bus
+    from kvmneg.service.interfaces.router import Router
     from kvmneg.service.node import Measurer, Node
     from kvmneg.service.options import Options
-    from kvmneg.service.peer import Peer
-    from kvmneg.service.proofs import Prover
-    from kvmneg.service.router import Router
-    from kvmneg.service.varlink import Server
-    from kvmneg.service.vmms import VmmLookup
+    from kvmneg.service.varlink.peer import Peer
+    from kvmneg.service.varlink.server import Server
+    from kvmneg.service.watching.proofs import Prover
+    from kvmneg.service.watching.vmms import VmmLookup
 
 # Not before the calls that wait have their answers.
 _LATER_SECONDS = 1.0
@@ -81,11 +81,11 @@ def serve(arguments: Options) -> None:
 
 def _serve_on(listener: socket.socket, path: str, arguments: Options, inherited: systemd.Inherited) -> None:
     from kvmneg.policy.fence_text import Fence
-    from kvmneg.service.contracts import ContractFiles
+    from kvmneg.service.interfaces.router import Router
+    from kvmneg.service.leases.contracts import ContractFiles
+    from kvmneg.service.level.restoring import Copier
     from kvmneg.service.node import Node
-    from kvmneg.service.restoring import Copier
-    from kvmneg.service.router import Router
-    from kvmneg.service.varlink import Server
+    from kvmneg.service.varlink.server import Server
     from kvmneg.store.opening import open_store
 
     with open_store(arguments.state, lambda text: Fence.parse(text).digest) as store:
@@ -124,7 +124,7 @@ def _bus(router: Router, arguments: Options) -> Bus | None:
     """D-Bus, where it is on."""
     if arguments.bus is None:
         return None
-    from kvmneg.service.bus import Bus
+    from kvmneg.service.bus.child import Bus
 
     router.bus = Bus(arguments.bus, router, router.event)
     router.bus.on_trouble = _print_trouble
@@ -149,12 +149,12 @@ def _measurer(arguments: Options, apart: Apart | None) -> tuple[Measurer, list[V
     Of a recorded report nothing.
     """
     if arguments.report:
-        from kvmneg.service.recorded import RecordedMeasurer
+        from kvmneg.service.watching.recorded import RecordedMeasurer
 
         return RecordedMeasurer(arguments.report), []
     from kvmneg.host.measure import Measurer as HostMeasurer
-    from kvmneg.service.proofs import Prover
-    from kvmneg.service.vmms import VmmLookup
+    from kvmneg.service.watching.proofs import Prover
+    from kvmneg.service.watching.vmms import VmmLookup
 
     host = HostMeasurer(arguments.kvm)
     host.networked = apart.network if apart else None
@@ -249,7 +249,7 @@ def _announce(node: Node) -> None:
 def _tell_changes(server: Server, node: Node) -> None:
     """What a new measurement changed, and whether changes are written, into the journal.
 
-    What the fence makes of a measurement kvmneg.service.levels tells.
+    What the fence makes of a measurement kvmneg.service.level.levels tells.
     """
     first = last = _report_of(node)
     failed = node.store.fault is not None
@@ -265,12 +265,12 @@ def _tell_changes(server: Server, node: Node) -> None:
         before, last = last, _report_of(node)
         if before is last:
             return
-        from kvmneg.service import changes  # no start needs it
+        from kvmneg.service.watching import changes  # no start needs it
 
         changes.tell(before, last, _why_not(node))
 
     def tell_of_start() -> None:
-        from kvmneg.service import changes
+        from kvmneg.service.watching import changes
 
         before = changes.before_start(node, first) if first is not None else None
         if before is not None:
@@ -330,8 +330,8 @@ def _follow_strangers(server: Server, node: Node) -> None:
 
 def _watch(server: Server, node: Node, measurer: Any, path: str) -> None:
     """The first measurement was made here, and so are those before this: no client waits for the modules."""
-    from kvmneg.service.again import Again
-    from kvmneg.service.watch import Watcher
+    from kvmneg.service.watching.again import Again
+    from kvmneg.service.watching.watch import Watcher
 
     node.again = Again(server, node, measurer, path)
     node.again.done.append(server.unpark)

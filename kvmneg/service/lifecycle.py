@@ -16,10 +16,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvmneg.service.bus import Bus
+    from kvmneg.service.bus.child import Bus
     from kvmneg.service.node import Node
     from kvmneg.service.options import Options
-    from kvmneg.service.varlink import Server
+    from kvmneg.service.varlink.server import Server
 
 _OWN_DESCRIPTORS = 128  # SQLite's, epoll's, and those a measurement opens
 

@@ -23,9 +23,9 @@ from kvmneg.features.featureset import fits
 from kvmneg.features.report import canonical_combo
 from kvmneg.policy import grade, negotiation
 from kvmneg.policy.contract import Contract
-from kvmneg.service.leases import Leases
+from kvmneg.service.leases.leases import Leases
+from kvmneg.service.level.standing import Standing
 from kvmneg.service.shares import Shares
-from kvmneg.service.standing import Standing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from kvmneg.host.apart import Apart
     from kvmneg.policy.negotiation import Answer
     from kvmneg.policy.request import Request
-    from kvmneg.service.again import Again
-    from kvmneg.service.connection import Connection
-    from kvmneg.service.contracts import ContractFiles
-    from kvmneg.service.descriptors import Descriptors
-    from kvmneg.service.peer import Peer
-    from kvmneg.service.unknown import UnknownGuests
+    from kvmneg.service.leases.contracts import ContractFiles
+    from kvmneg.service.leases.descriptors import Descriptors
+    from kvmneg.service.leases.unknown import UnknownGuests
+    from kvmneg.service.varlink.connection import Connection
+    from kvmneg.service.varlink.peer import Peer
+    from kvmneg.service.watching.again import Again
     from kvmneg.store.interface import Audit, FenceRow, HistoryRow, Lease, Store
 
     class Measurer(Protocol):
@@ -160,7 +160,7 @@ class Node(Standing):
     def refresh(self, *, fresh: bool = False) -> None:
         """Measure again where an input changed; inputs are looked at once a second, with `fresh` now.
 
-        Raises kvmneg.service.again.Measuring, with `fresh`, while a child measures.
+        Raises kvmneg.service.watching.again.Measuring, with `fresh`, while a child measures.
         """
         if self.again is not None:
             self.again.refresh(fresh=fresh)
@@ -255,7 +255,7 @@ class Node(Standing):
             )
 
     def lease(self, vm: str, peer: Peer, incarnation: int | None = None) -> Lease:
-        """The lease of a VM (kvmneg.service.leases)."""
+        """The lease of a VM (kvmneg.service.leases.leases)."""
         return self.leases.own(uuid(vm), peer, incarnation)
 
     def keep_up(self) -> None:
@@ -267,7 +267,7 @@ class Node(Standing):
             self.settle()
         self.leases.expire()
         if self.proposal == "raise" and self.store.fault is None:
-            from kvmneg.service import moves  # rarely
+            from kvmneg.service.level import moves  # rarely
 
             moves.expire(self)
 
@@ -297,7 +297,7 @@ class Node(Standing):
         """The VMs that nobody negotiated for."""
         if self._unknown is None:
             from kvmneg.host.guests import Events
-            from kvmneg.service.unknown import UnknownGuests  # a daemon starts without them
+            from kvmneg.service.leases.unknown import UnknownGuests  # a daemon starts without them
 
             self._unknown = UnknownGuests(
                 self.store.waivers(self._boot),
@@ -310,14 +310,14 @@ class Node(Standing):
     # -- the fence --------------------------------------------------------------------------------
 
     def pin(self, source: str | None, text: str | None, expected: int | None, audit: Audit) -> FenceRow:
-        """Pin a fence from a source ("host", "level:NAME", …) or a text: kvmneg.service.moves.pin."""
-        from kvmneg.service import moves  # of an admin's day
+        """Pin a fence from a source ("host", "level:NAME", …) or a text: kvmneg.service.level.moves.pin."""
+        from kvmneg.service.level import moves  # of an admin's day
 
         return moves.pin(self, source, text, expected, audit)
 
     def unpin(self, expected: int | None, audit: Audit) -> int:
-        """Take the fence down: kvmneg.service.moves.unpin."""
-        from kvmneg.service import moves  # as in pin
+        """Take the fence down: kvmneg.service.level.moves.unpin."""
+        from kvmneg.service.level import moves  # as in pin
 
         return moves.unpin(self, expected, audit)
 

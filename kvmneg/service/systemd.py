@@ -13,7 +13,7 @@ import time
 from typing import NamedTuple
 
 from kvmneg.errors import UsageError
-from kvmneg.service.descriptors import Descriptors
+from kvmneg.service.leases.descriptors import Descriptors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NAME = "varlink"  # FileDescriptorName= of the socket unit (UAPI.20, "Socket Activation")
 EVENTS = "uevents"  # that of kvmneg-uevents.socket
-STORED = "held-"  # how names of stored descriptors begin (kvmneg.service.keepers)
+STORED = "held-"  # how names of stored descriptors begin (kvmneg.service.leases.keepers)
 
 
 def notify(*assignments: str, fd: int = -1) -> bool:

@@ -13,10 +13,10 @@ from kvmneg.service import journal
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvmneg.host.guests import Process
-    from kvmneg.service.loop import Loop
+    from kvmneg.service.leases.unknown import UnknownGuests
     from kvmneg.service.node import Node
-    from kvmneg.service.peer import Peer
-    from kvmneg.service.unknown import UnknownGuests
+    from kvmneg.service.varlink.loop import Loop
+    from kvmneg.service.varlink.peer import Peer
     from kvmneg.store.interface import Audit
 
 # Methods that would have changed the fence.

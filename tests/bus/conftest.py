@@ -145,7 +145,7 @@ class Served(Daemon):
         """Those that serve D-Bus."""
         assert self.process is not None
         found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in found if b"kvmneg.service.dbus" in _command(pid)]
+        return [int(pid) for pid in found if b"kvmneg.service.bus.dbus" in _command(pid)]
 
 
 def _command(pid: str) -> bytes:

@@ -85,8 +85,8 @@ def test_without_the_option_nothing_of_it_is_loaded(bus: Bus, tmp_path: Path) ->
     """Though there is a bus: a start costs what it did."""
     program = """
 import sys
-from kvmneg.service import varlink
-varlink.Server.run = lambda self: print("\\n".join(sys.modules))
+from kvmneg.service.varlink import server
+server.Server.run = lambda self: print("\\n".join(sys.modules))
 from kvmneg.service.daemon import main
 raise SystemExit(main())
 """
@@ -96,9 +96,13 @@ raise SystemExit(main())
         command = [sys.executable, "-P", "-c", program, *options, *more]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         loaded[len(more)] = set(done.stdout.split())
-    assert "kvmneg.service.router" in loaded[0]
-    assert not {"sdbus", "asyncio", "kvmneg.service.bus", "kvmneg.service.dbus"} & loaded[0]
-    assert loaded[2] - loaded[0] == {"kvmneg.service.bus"}  # nor in the daemon with it
+    assert "kvmneg.service.interfaces.router" in loaded[0]
+    bus_side = {"kvmneg.service.bus", "kvmneg.service.bus.child", "kvmneg.service.bus.dbus"}
+    assert not {"sdbus", "asyncio", *bus_side} & loaded[0]
+    assert loaded[2] - loaded[0] == {
+        "kvmneg.service.bus",
+        "kvmneg.service.bus.child",
+    }  # nor in the daemon with it
 
 
 # --- too much
@@ -184,7 +188,7 @@ def test_others_are_served_during_a_flood_of_calls(served: Served) -> None:
 
 
 def test_callers_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvmneg.service.dbus import Service
+    from kvmneg.service.bus.dbus import Service
 
     class Known:
         """A bus that knows everybody."""
@@ -211,7 +215,7 @@ def test_callers_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch
 
 
 def test_calls_of_all_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvmneg.service.dbus import Service
+    from kvmneg.service.bus.dbus import Service
 
     class Call:
         """A call whose caller is not known yet."""

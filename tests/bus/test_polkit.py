@@ -178,8 +178,9 @@ def test_a_refusal_is_told_once_and_a_permission_is_none(judged: Served, polkit:
 
 
 MEASURING = f"""{NO_ADMINS}
-from kvmneg.service import moves, router
-from kvmneg.service.again import Measuring
+from kvmneg.service.interfaces import router
+from kvmneg.service.level import moves
+from kvmneg.service.watching.again import Measuring
 
 attach, pin, servers, times = router.Router.attach, moves.pin, [], [0]
 

@@ -14,8 +14,9 @@ import pytest
 from varlink import scanner
 
 from kvmneg import errors, limits
-from kvmneg.service import dbus_methods, introspection
 from kvmneg.service.authorization import ACTIONS
+from kvmneg.service.bus import methods
+from kvmneg.service.interfaces import introspection
 from tests.bus import surface
 from tests.bus.conftest import NO_ADMINS, Refused, Served, Wire, until
 
@@ -52,13 +53,13 @@ def test_the_table_is_what_varlink_returns() -> None:
     }  # fmt: skip
     for name in introspection.INTERFACES[1:]:
         members = scanner.Interface(introspection.description(name)).members
-        methods = {one: member for one, member in members.items() if isinstance(member, scanner._Method)}
-        table = dbus_methods.METHODS[name]
-        assert {f"{name}.{one}" for one in methods} - {f"{name}.{one}" for one in table} == {
+        spoken = {one: member for one, member in members.items() if isinstance(member, scanner._Method)}
+        table = methods.METHODS[name]
+        assert {f"{name}.{one}" for one in spoken} - {f"{name}.{one}" for one in table} == {
             one for one in left if one.rpartition(".")[0] == name
         }
         for one, outputs in table.items():
-            fields = methods[one].out_type.fields
+            fields = spoken[one].out_type.fields
             assert list(outputs) == list(fields)
             for field, kind in fields.items():
                 assert outputs[field] == expected(kind), f"{name}.{one} {field}"
@@ -142,9 +143,9 @@ def test_documents_that_are_none(served: Served, document: str) -> None:
 
 def test_the_text_of_a_fault_is_told_to_nobody(make_served: Callable[..., Served]) -> None:
     before = (
-        "from kvmneg.service.interfaces import Interfaces\n"
+        "from kvmneg.service.interfaces import fence\n"
         "def fault(*_): raise RuntimeError('/a/secret/path')\n"
-        "Interfaces._fence_history = fault\n"
+        "fence._history = fault\n"
     )
     served = make_served(before)
     with pytest.raises(Refused) as caught:
@@ -246,7 +247,7 @@ def test_each_change_is_told_once(served: Served, monitor: Monitor) -> None:
 CHANGING = """
 import json, os
 from kvmneg.features.report import Report
-from kvmneg.service import recorded
+from kvmneg.service.watching import recorded
 
 class Changing(recorded.RecordedMeasurer):
     def __init__(self, file):

@@ -20,7 +20,7 @@ from kvmneg.client import Client
 from kvmneg.errors import Unreachable
 from kvmneg.features.report import Report
 from kvmneg.policy.fence_text import Fence
-from kvmneg.service.contracts import ContractFiles
+from kvmneg.service.leases.contracts import ContractFiles
 from kvmneg.service.node import Node
 from kvmneg.store.sqlite import SqliteStore
 

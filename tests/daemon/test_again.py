@@ -16,12 +16,12 @@ import pytest
 from kvmneg import limits
 from kvmneg.errors import KvmFault, KvmnegError, NoKvm, Unreachable
 from kvmneg.features.report import Report
-from kvmneg.service import moves
-from kvmneg.service.again import Again, Measuring
-from kvmneg.service.loop import Loop
-from kvmneg.service.moves import Asked
-from kvmneg.service.router import Router
-from kvmneg.service.varlink import Later
+from kvmneg.service.interfaces.router import Router
+from kvmneg.service.level import moves
+from kvmneg.service.level.moves import Asked
+from kvmneg.service.varlink.loop import Loop
+from kvmneg.service.varlink.server import Later
+from kvmneg.service.watching.again import Again, Measuring
 
 from .conftest import Daemon, Host
 from .test_node import ASKER, AUDIT, AVX2, PEER, V2, VM

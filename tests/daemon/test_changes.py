@@ -22,9 +22,10 @@ from kvmneg.host.software import Roots
 from kvmneg.host.volatile import Volatile
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
-from kvmneg.service import changes, daemon
-from kvmneg.service.contracts import ContractFiles
+from kvmneg.service import daemon
+from kvmneg.service.leases.contracts import ContractFiles
 from kvmneg.service.node import Node
+from kvmneg.service.watching import changes
 from kvmneg.store.interface import Audit
 from kvmneg.store.sqlite import SqliteStore
 

@@ -13,9 +13,9 @@ from kvmneg.policy.request import Request
 from kvmneg.store.interface import Audit
 
 if TYPE_CHECKING:
-    from kvmneg.service.connection import Connection
     from kvmneg.service.node import Node
-    from kvmneg.service.peer import Peer
+    from kvmneg.service.varlink.connection import Connection
+    from kvmneg.service.varlink.peer import Peer
 
     from .conftest import Host
 

@@ -17,11 +17,11 @@ from kvmneg.features.report import Report
 from kvmneg.policy import leases, negotiation, portable
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
-from kvmneg.service import levels, moves
-from kvmneg.service.contracts import ContractFiles
-from kvmneg.service.moves import Asked
+from kvmneg.service.leases.contracts import ContractFiles
+from kvmneg.service.level import levels, moves
+from kvmneg.service.level.moves import Asked
+from kvmneg.service.level.rolls import Rolls
 from kvmneg.service.node import Node
-from kvmneg.service.rolls import Rolls
 from kvmneg.store.interface import Audit
 from kvmneg.store.sqlite import SqliteStore
 
@@ -30,8 +30,8 @@ from .test_arm64 import HOSTS
 if TYPE_CHECKING:
     from typing import Any
 
-    from kvmneg.service.connection import Connection
-    from kvmneg.service.peer import Peer
+    from kvmneg.service.varlink.connection import Connection
+    from kvmneg.service.varlink.peer import Peer
 
     from .conftest import Host
 

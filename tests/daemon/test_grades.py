@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from kvmneg.errors import Blocked, StaleOffer
-from kvmneg.service.interfaces import Interfaces
+from kvmneg.service.interfaces.kvmneg import Interfaces
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvmneg.service.connection import Connection
     from kvmneg.service.node import Node
+    from kvmneg.service.varlink.connection import Connection
 
     from .conftest import Host
 

@@ -15,7 +15,8 @@ from kvmneg.errors import Blocked, StaleOffer, UsageError
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.policy import negotiation
 from kvmneg.policy.request import Request
-from kvmneg.service import guests, interfaces_rolls, moves
+from kvmneg.service.interfaces import guests, rollback
+from kvmneg.service.level import moves
 from kvmneg.store.interface import Audit
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def test_a_vmm_that_claims_everything_does_not_break_the_answer(node: Node) -> N
         name = vm()
         begin(node, name, asker)
         call(node, "Report", asker, vm=name, words={**words, "msr:0x10a": f"{place:#x}"})
-    check = interfaces_rolls.handlers(node)["org.kvmneg.Rollback.Check"]
+    check = rollback.handlers(node)["org.kvmneg.Rollback.Check"]
     answer = check(caller(0), {"combo": "running"})
     assert not answer["allowed"]
     assert sum(one["count"] for one in answer["guests"]) == 40

@@ -21,13 +21,13 @@ from kvmneg.errors import (
     StoreError,
 )
 from kvmneg.policy.request import Request
-from kvmneg.service.router import Router
+from kvmneg.service.interfaces.router import Router
 from kvmneg.store.interface import Audit
 
 if TYPE_CHECKING:
-    from kvmneg.service.connection import Connection
     from kvmneg.service.node import Node
-    from kvmneg.service.peer import Peer
+    from kvmneg.service.varlink.connection import Connection
+    from kvmneg.service.varlink.peer import Peer
 
     from .conftest import Host
 

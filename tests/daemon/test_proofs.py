@@ -16,9 +16,9 @@ import pytest
 
 from kvmneg.features.report import Report, combo_digest
 from kvmneg.host import proof
-from kvmneg.service import proofs
-from kvmneg.service.loop import Loop
-from kvmneg.service.proofs import Prover
+from kvmneg.service.varlink.loop import Loop
+from kvmneg.service.watching import proofs
+from kvmneg.service.watching.proofs import Prover
 
 if TYPE_CHECKING:
     from collections.abc import Callable

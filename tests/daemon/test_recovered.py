@@ -15,7 +15,7 @@ import pytest
 
 from kvmneg import limits
 from kvmneg.errors import LimitExceeded, NotPermitted, StoreError, UsageError
-from kvmneg.service.interfaces import Interfaces
+from kvmneg.service.interfaces import fence
 
 from .test_node import PEER, VM
 
@@ -181,7 +181,7 @@ def test_only_an_admin_restores(node: Node) -> None:
     stranger = cast(
         "Any", SimpleNamespace(peer=SimpleNamespace(uid=65534, pid=1, groups=frozenset(), permitted=()))
     )
-    restore = Interfaces(node).handlers()["org.kvmneg.Fence.Restore"]
+    restore = fence.handlers(node)["org.kvmneg.Fence.Restore"]
     with pytest.raises(NotPermitted):
         restore(stranger, {"reason": "mine"})
 
@@ -209,7 +209,7 @@ def _request() -> object:
 def test_a_copy_that_cannot_be_written_is_told_and_tried_again(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvmneg.service.restoring import Copier
+    from kvmneg.service.level.restoring import Copier
     from kvmneg.store.sqlite import SqliteStore
 
     later: list[tuple[float, Callable[[], None]]] = []

@@ -10,11 +10,11 @@ import pytest
 
 from kvmneg.errors import NotPinned, ReadOnly, StoreError
 from kvmneg.policy.fence_text import Fence
-from kvmneg.service import levels, moves, restoring
-from kvmneg.service.contracts import ContractFiles
-from kvmneg.service.moves import Asked
+from kvmneg.service.leases.contracts import ContractFiles
+from kvmneg.service.level import levels, moves, restoring
+from kvmneg.service.level.moves import Asked
+from kvmneg.service.level.rolls import Rolls
 from kvmneg.service.node import Node
-from kvmneg.service.rolls import Rolls
 from kvmneg.store.opening import open_store
 
 from .test_floating import ASKER, AUDIT, AVX2, MAX, PEER, VM, WORD, gain, gives

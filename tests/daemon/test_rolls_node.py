@@ -15,8 +15,9 @@ from kvmneg.features.difference import Blocker
 from kvmneg.policy import roll
 from kvmneg.policy.combos import Asked
 from kvmneg.policy.request import Request
-from kvmneg.service import interfaces_rolls, rolls
-from kvmneg.service.router import Router
+from kvmneg.service.interfaces import rollback
+from kvmneg.service.interfaces.router import Router
+from kvmneg.service.level import rolls
 from kvmneg.store.interface import Audit
 
 from .conftest import Host
@@ -42,7 +43,7 @@ def test_other_users_guests_are_counted_not_named(node: Node, monkeypatch: pytes
         node.begin(node.negotiate(Request(maximum=True), peer).contract.digest, name, caller(uid))
     blocker = Blocker("avx2", "cpuid:0x7.0.ebx", 5, "the contract", "host old", "kvm", "because")
     monkeypatch.setattr("kvmneg.policy.negotiation.accepts", lambda *_, **__: (blocker,))
-    check = interfaces_rolls.handlers(node)["org.kvmneg.Rollback.Check"]
+    check = rollback.handlers(node)["org.kvmneg.Rollback.Check"]
     for uid, told in ((54321, names[:1]), (54322, names[1:]), (54323, []), (0, names)):
         # with a VMM each distinct set is judged by itself
         answer = check(caller(uid), {"combo": "running", "vmm": "qemu"})
@@ -53,13 +54,13 @@ def test_other_users_guests_are_counted_not_named(node: Node, monkeypatch: pytes
 def test_reasons_are_told_of_so_many_sets(node: Node) -> None:
     blocker = Blocker("avx2", "cpuid:0x7.0.ebx", 5, "the contract", "host old", "kvm", "because")
     many = tuple(roll.Held(f"{n}", (f"vm{n}",), (blocker,)) for n in range(limits.ROLLBACK_SETS + 2))
-    told = interfaces_rolls._held(many, None)
+    told = rollback._held(many, None)
     assert [len(held["blockers"]) for held in told] == [1] * limits.ROLLBACK_SETS + [0, 0]
     assert [held["vms"] for held in told[-2:]] == [["vm64"], ["vm65"]]
 
 
 def test_only_an_admin_changes_the_set(node: Node) -> None:
-    handlers = interfaces_rolls.handlers(node)
+    handlers = rollback.handlers(node)
     for method in ("Add", "Remove"):
         with pytest.raises(NotPermitted):
             handlers[f"org.kvmneg.Rollback.{method}"](caller(54321), {"combo": "running", "reason": "r"})
@@ -67,7 +68,7 @@ def test_only_an_admin_changes_the_set(node: Node) -> None:
 
 def test_unknown_guests_are_named_for_admins(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rolls.Rolls, "guests", lambda self: roll.Guests((), unknown=("pid 4711",)))
-    check = interfaces_rolls.handlers(node)["org.kvmneg.Rollback.Check"]
+    check = rollback.handlers(node)["org.kvmneg.Rollback.Check"]
     for uid, named in ((0, ["pid 4711"]), (54321, [])):
         answer = check(caller(uid), {"combo": "running"})
         assert (answer["allowed"], answer["unknown"], answer["unknownGuests"]) == (False, 1, named)
@@ -106,7 +107,7 @@ def test_records_of_the_first_kvmneg_and_damaged_ones(node: Node) -> None:
     connection.execute("UPDATE combos SET document = NULL")
     (row,) = room.history(9)
     assert room.combo(row)["kernel"] == node.report.combo["kernel"]
-    history = interfaces_rolls.handlers(node)["org.kvmneg.Rollback.History"]
+    history = rollback.handlers(node)["org.kvmneg.Rollback.History"]
     assert history(caller(1), {})["entries"][0]["kernel"] == node.report.combo["kernel"]
     connection.execute("UPDATE combos SET document = '{'")
     with pytest.raises(StoreError, match="cannot be read"):
@@ -138,7 +139,7 @@ def test_a_release_that_was_built_twice_is_allowed_where_both_are(node: Node, ho
 
 
 def test_a_vmm_without_rules_of_its_own_is_a_dimension(node: Node) -> None:
-    check = interfaces_rolls.handlers(node)["org.kvmneg.Rollback.Check"]
+    check = rollback.handlers(node)["org.kvmneg.Rollback.Check"]
     answer = check(caller(0), {"vmm": "bhyve-1.0"})
     assert [row["dimension"] for row in answer["differs"]] == ["vmms.bhyve.version"]
     assert "install that VMM build" in answer["how"]

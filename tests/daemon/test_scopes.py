@@ -15,10 +15,11 @@ from kvmneg.features.featureset import fits
 from kvmneg.host.guests import Process
 from kvmneg.policy import rates, roll
 from kvmneg.policy.request import Request
-from kvmneg.service import guests, interfaces_rolls, moves, rolls
-from kvmneg.service.contracts import ContractFiles
+from kvmneg.service.interfaces import guests, rollback
+from kvmneg.service.leases.contracts import ContractFiles
+from kvmneg.service.leases.unknown import Unknown, UnknownGuests
+from kvmneg.service.level import moves, rolls
 from kvmneg.service.node import Node
-from kvmneg.service.unknown import Unknown, UnknownGuests
 from kvmneg.store.interface import Audit
 from kvmneg.store.sqlite import SqliteStore
 
@@ -75,14 +76,14 @@ def test_a_guest_that_is_taken_on_may_have_all_of_the_host(node: Node) -> None:
 
 def test_a_waived_guest_is_named_in_the_scope(node: Node) -> None:
     Strangers(node, stranger(4711, "a test machine"))
-    check = interfaces_rolls.handlers(node)["org.kvmneg.Rollback.Check"]
+    check = rollback.handlers(node)["org.kvmneg.Rollback.Check"]
     answer = check(caller(0), {"combo": "running"})
     assert answer["allowed"]
     assert any("4711" in line and line.startswith("not judged") for line in answer["scope"])
 
 
 def test_a_yes_without_a_vmm_says_so(node: Node) -> None:
-    check = interfaces_rolls.handlers(node)["org.kvmneg.Rollback.Check"]
+    check = rollback.handlers(node)["org.kvmneg.Rollback.Check"]
     line = "not judged: any VMM's own refusals; none was named"
     assert line in check(caller(0), {"combo": "running"})["scope"]
     assert line not in check(caller(0), {"combo": "running", "vmm": "qemu"})["scope"]

@@ -14,7 +14,7 @@ import asyncvarlink.serviceinterface
 import pytest
 import varlink
 
-from kvmneg.service import introspection
+from kvmneg.service.interfaces import introspection
 
 if TYPE_CHECKING:
     from .conftest import Daemon

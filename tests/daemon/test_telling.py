@@ -11,9 +11,11 @@ import pytest
 from kvmneg import limits
 from kvmneg.errors import KvmnegError, LimitExceeded, NotPermitted, StoreError
 from kvmneg.host.guests import Process
-from kvmneg.service import changes, daemon, journal, moves, telling
-from kvmneg.service.moves import Asked
-from kvmneg.service.router import Router
+from kvmneg.service import daemon, journal, telling
+from kvmneg.service.interfaces.router import Router
+from kvmneg.service.level import moves
+from kvmneg.service.level.moves import Asked
+from kvmneg.service.watching import changes
 
 from .test_node import AUDIT, AVX2, PEER
 

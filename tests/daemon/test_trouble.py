@@ -17,13 +17,13 @@ import pytest
 from kvmneg import limits
 from kvmneg.errors import KvmnegError, NoSuchContract, NotPermitted, StoreError, UsageError
 from kvmneg.policy.request import Request
-from kvmneg.service import vmms
-from kvmneg.service.contracts import ContractFiles
-from kvmneg.service.interfaces import Interfaces
-from kvmneg.service.message import reply
+from kvmneg.service.interfaces import fence
+from kvmneg.service.interfaces.router import Router
+from kvmneg.service.leases.contracts import ContractFiles
 from kvmneg.service.node import Node
-from kvmneg.service.recorded import RecordedMeasurer
-from kvmneg.service.router import Router
+from kvmneg.service.varlink.message import reply
+from kvmneg.service.watching import vmms
+from kvmneg.service.watching.recorded import RecordedMeasurer
 from kvmneg.store.interface import Audit
 from kvmneg.store.leases import Leases
 from kvmneg.store.sqlite import SqliteStore
@@ -34,8 +34,8 @@ from .test_node import ASKER, AUDIT, AVX2, PEER, V2, VM
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvmneg.service.connection import Connection
-    from kvmneg.service.peer import Peer
+    from kvmneg.service.varlink.connection import Connection
+    from kvmneg.service.varlink.peer import Peer
 
     from .conftest import Daemon, Host
 
@@ -270,7 +270,7 @@ def test_a_long_history_is_as_much_as_one_reply_holds(node: Node, monkeypatch: p
     for number in range(10):
         wordy = Audit(0, 1, AUDIT.at, f"{number}" + "\N{GRINNING FACE}" * (limits.REASON_CHARACTERS - 1), "x")
         node.pin("host", None, None, wordy)
-    answer = Interfaces(node).handlers()["org.kvmneg.Fence.History"](cast("Any", None), {})
+    answer = fence.handlers(node)["org.kvmneg.Fence.History"](cast("Any", None), {})
     assert [row["generation"] for row in answer["entries"]][:2] == [10, 9]
     assert limits.REPLY_BYTES // 2 < len(reply(answer)) <= limits.REPLY_BYTES
 

@@ -11,13 +11,13 @@ import pytest
 
 from kvmneg.errors import Blocked, StaleOffer, UsageError
 from kvmneg.policy.request import Request
-from kvmneg.service.interfaces import Interfaces
+from kvmneg.service.interfaces.kvmneg import Interfaces
 from kvmneg.store.interface import Audit
 
 if TYPE_CHECKING:
-    from kvmneg.service.connection import Connection
     from kvmneg.service.node import Node
-    from kvmneg.service.peer import Peer
+    from kvmneg.service.varlink.connection import Connection
+    from kvmneg.service.varlink.peer import Peer
 
     from .conftest import Host
 

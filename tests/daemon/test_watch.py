@@ -24,9 +24,9 @@ from kvmneg.host.software import Roots
 from kvmneg.host.uevents import Uevents, concerns
 from kvmneg.host.volatile import Volatile
 from kvmneg.policy import combos
-from kvmneg.service import changes, watch
-from kvmneg.service.again import Again
-from kvmneg.service.watch import Watcher
+from kvmneg.service.watching import changes, watch
+from kvmneg.service.watching.again import Again
+from kvmneg.service.watching.watch import Watcher
 from tests.namespaces import unshare
 
 from .test_again import Apart, InTree, Turning, end, lose, offers, watches
@@ -483,7 +483,7 @@ def test_a_change_without_an_event(
 ) -> None:
     """Seen by the poll, measured in a child, and told by its name."""
     from kvmneg.policy.fence_text import Fence
-    from kvmneg.service.contracts import ContractFiles
+    from kvmneg.service.leases.contracts import ContractFiles
     from kvmneg.service.node import Node
     from kvmneg.store.sqlite import SqliteStore
 

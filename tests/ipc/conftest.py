@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvmneg.service import varlink
+from kvmneg.service.varlink import server as varlink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -15,7 +15,7 @@ import pytest
 
 from kvmneg import errors, limits
 from kvmneg.client import Client
-from kvmneg.service import introspection
+from kvmneg.service.interfaces import introspection
 
 
 @pytest.fixture
@@ -363,7 +363,7 @@ def test_a_reply_too_many_is_not_taken_for_the_next(misbehave):
     ],
 )
 def test_methods_call_their_twins_with_what_the_interface_takes(tmp_path, call, method, parameters):
-    from kvmneg.service.parameters import check, fields_of
+    from kvmneg.service.interfaces.parameters import check, fields_of
 
     heard = []
     with socket.socket(socket.AF_UNIX) as listener:

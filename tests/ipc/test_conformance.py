@@ -10,7 +10,7 @@ import pytest
 import varlink
 
 from kvmneg import __version__
-from kvmneg.service import introspection
+from kvmneg.service.interfaces import introspection
 
 # --- varlink: reads the interface over the wire and makes methods of it
 

@@ -13,8 +13,9 @@ from varlink import scanner
 from kvmneg import errors
 from kvmneg.client import Client
 from kvmneg.features.difference import Blocker
-from kvmneg.service import introspection, message
-from kvmneg.service.parameters import METHODS, TYPES
+from kvmneg.service.interfaces import introspection
+from kvmneg.service.interfaces.parameters import METHODS, TYPES
+from kvmneg.service.varlink import message
 
 INTERFACES = {name: scanner.Interface(introspection.description(name)) for name in introspection.INTERFACES}
 OURS = [name for name in INTERFACES if name.startswith("org.kvmneg")]

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvmneg import limits
-from kvmneg.service import varlink
+from kvmneg.service.varlink import server as varlink
 
 
 def sized_call(size: int) -> bytes:
@@ -191,7 +191,7 @@ def test_accept_per_turn(serve):
 
 def test_accept_takes_no_more_than_its_turn():
     """Counted on a listener that always has one more."""
-    from kvmneg.service.accept import Acceptor
+    from kvmneg.service.varlink.accept import Acceptor
 
     class Listener:
         accepted = 0

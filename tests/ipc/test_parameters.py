@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvmneg.service.message import InvalidParameter, MethodNotFound
-from kvmneg.service.parameters import check, fields_of
+from kvmneg.service.interfaces.parameters import check, fields_of
+from kvmneg.service.varlink.message import InvalidParameter, MethodNotFound
 
 TYPES = {"Inner": {"name": "string", "tags": "?[]string", "deeper": "?Inner"}}
 FIELDS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmneg.service.peer import SO_PASSRIGHTS, Peer, refuse_descriptors
+from kvmneg.service.varlink.peer import SO_PASSRIGHTS, Peer, refuse_descriptors
 
 # Connects after it took the groups it was given, says so, and waits.
 CHILD = """

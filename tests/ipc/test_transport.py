@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from kvmneg.service.peer import refuse_descriptors
+from kvmneg.service.varlink.peer import refuse_descriptors
 
 ECHO = b'{"method":"org.example.toy.Echo","parameters":{"text":"%s"}}\0'
 

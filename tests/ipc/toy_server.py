@@ -19,7 +19,8 @@ from typing import Any
 
 from kvmneg import limits
 from kvmneg.errors import Blocked, KvmnegError
-from kvmneg.service import introspection, parameters, varlink
+from kvmneg.service.interfaces import introspection, parameters
+from kvmneg.service.varlink import server as varlink
 
 TYPES = {"Inner": {"name": "string", "tags": "?[]string"}}
 METHODS = {

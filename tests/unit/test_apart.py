@@ -17,8 +17,8 @@ import pytest
 from kvmneg import limits
 from kvmneg.host import apart, guests, network
 from kvmneg.host.apart import Apart
-from kvmneg.service.loop import Loop
-from kvmneg.service.unknown import UnknownGuests
+from kvmneg.service.leases.unknown import UnknownGuests
+from kvmneg.service.varlink.loop import Loop
 from kvmneg.store.sqlite import SqliteStore
 from kvmneg.store.waivers import Waivers
 

@@ -17,9 +17,9 @@ import pytest
 from kvmneg.features.report import Report
 from kvmneg.policy.contract import Contract
 from kvmneg.policy.fence_text import Fence
-from kvmneg.service.contracts import ContractFiles
+from kvmneg.service.leases.contracts import ContractFiles
 from kvmneg.service.node import Node
-from kvmneg.service.recorded import RecordedMeasurer
+from kvmneg.service.watching.recorded import RecordedMeasurer
 from kvmneg.store import schema
 from kvmneg.store.interface import Audit
 from kvmneg.store.sqlite import SqliteStore

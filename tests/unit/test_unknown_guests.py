@@ -14,8 +14,8 @@ import pytest
 from kvmneg import limits
 from kvmneg.errors import LimitExceeded, UsageError
 from kvmneg.host import guests
-from kvmneg.service.loop import Loop
-from kvmneg.service.unknown import UnknownGuests
+from kvmneg.service.leases.unknown import UnknownGuests
+from kvmneg.service.varlink.loop import Loop
 from kvmneg.store.interface import Audit
 from kvmneg.store.sqlite import SqliteStore
 from kvmneg.store.waivers import Waivers

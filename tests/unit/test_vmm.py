@@ -17,7 +17,7 @@ import pytest
 from kvmneg import limits
 from kvmneg.errors import StoreError
 from kvmneg.host import vmm
-from kvmneg.service.vmms import VmmLookup
+from kvmneg.service.watching.vmms import VmmLookup
 
 
 @pytest.fixture
