@@ -14,10 +14,6 @@ if TYPE_CHECKING:
 
     from kvmneg.cli.arguments import Parser
 
-_NAMED = ("host", "baseline")
-_PREFIXED = ("level:", "platform:")
-
-
 # verb: what it does. Those that have no function here are kvmneg.cli.fence_levels'.
 _VERBS = {
     "show": "the fence as text, and why each feature that guests do not get is absent",
@@ -130,7 +126,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _pin(arguments: argparse.Namespace) -> int:
-    source, text = source_of(arguments.source)
+    source, text = sources.fence_source(arguments.source)
     answer = sources.call(
         arguments,
         "org.kvmneg.Fence.Pin",
@@ -144,19 +140,6 @@ def _pin(arguments: argparse.Namespace) -> int:
         done = "it would be pinned" if arguments.dry_run else "pinned"
         Screen().line(f"{done}: generation {answer['generation']}, {answer['digest']}")
     return 0
-
-
-def source_of(source: str) -> tuple[str | None, str | None]:
-    """(what the daemon resolves, None), or (None, the text of a file). Raises BadInput, UsageError."""
-    if source in _NAMED or source.startswith(_PREFIXED):
-        return source, None
-    from kvmneg.cli import files
-    from kvmneg.policy.fence_text import Fence
-
-    found = files.document(source)
-    if found.fence is not None:
-        return None, files.fence_text(files.read(source), source)
-    return None, Fence(found.granted).text()
 
 
 def _unpin(arguments: argparse.Namespace) -> int:

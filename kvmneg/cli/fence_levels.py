@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from kvmneg.cli import sources
-from kvmneg.cli.fence import source_of
 from kvmneg.cli.output import Screen, count, print_json
 from kvmneg.errors import UsageError
 from kvmneg.features.difference import Blocker
@@ -74,7 +73,7 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
     """How the level is named. Raises BadInput."""
     source, text = None, None
     if getattr(arguments, "source", None) is not None:
-        source, text = source_of(arguments.source)
+        source, text = sources.fence_source(arguments.source)
     return {"from": source, "text": text, "without": getattr(arguments, "without", None) or None}
 
 

@@ -97,3 +97,16 @@ def snake(document: dict[str, Any]) -> dict[str, Any]:
     return {
         "".join(f"_{c.lower()}" if c.isupper() else c for c in key): value for key, value in document.items()
     }
+
+
+def fence_source(source: str) -> tuple[str | None, str | None]:
+    """(what the daemon resolves, None), or (None, the text of a file). Raises BadInput, UsageError."""
+    if source in ("host", "baseline") or source.startswith(("level:", "platform:")):
+        return source, None
+    from kvmneg.cli import files
+    from kvmneg.policy.fence_text import Fence
+
+    found = files.document(source)
+    if found.fence is not None:
+        return None, files.fence_text(files.read(source), source)
+    return None, Fence(found.granted).text()

@@ -37,6 +37,15 @@ class Element:
         """A whole document. Raises BadInput with file and line where it is no JSON or too large."""
         return cls(parse_json(data, file=file, limit=limits.REPORT_BYTES), data, file)
 
+    def bitmap(self, bits: int) -> int:
+        """A number written "0b…" with at most `bits` digits, as Firecracker writes them. Raises BadInput."""
+        text = self.text()
+        digits = text.removeprefix("0b")
+        if digits == text or not 1 <= len(digits) <= bits or not set(digits) <= {"0", "1"}:
+            hint = "a template, which leaves bits open, is no fingerprint" if "x" in digits else ""
+            raise self.wrong(f"{text[:80]!r} is not a bitmap of {bits} bits", hint)
+        return int(digits, 2)
+
     def wrong(self, what: str, hint: str = "") -> BadInput:
         """The error that names this element: its path, and the line where it begins."""
         path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in self._path)

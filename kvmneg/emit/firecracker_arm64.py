@@ -57,8 +57,6 @@ def report(config: Element, combo: dict[str, Any], measured: Measured) -> Report
 
 
 def _registers(modifiers: Element) -> dict[int, int]:
-    from kvmneg.emit.firecracker_fingerprint import bitmap  # which imports this one for arm64 only
-
     found: dict[int, int] = {}
     for modifier in modifiers.items():
         address = modifier.member("addr")
@@ -69,7 +67,7 @@ def _registers(modifiers: Element) -> dict[int, int]:
         if register in found:
             raise modifier.wrong(f"register {register:#x} is there twice")
         # Firecracker writes no fewer than 128 bits, whatever the register's size
-        value = bitmap(modifier.member("bitmap"), max(128, 8 << (register >> _SIZE & 0xF)))
+        value = modifier.member("bitmap").bitmap(max(128, 8 << (register >> _SIZE & 0xF)))
         if value >> (8 << (register >> _SIZE & 0xF)):
             raise modifier.wrong(f"more bits than register {register:#x} has")
         found[register] = value

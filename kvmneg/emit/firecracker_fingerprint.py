@@ -87,7 +87,7 @@ def _leaves(modifiers: Element, file: str) -> Leaves:
     for modifier in modifiers.items():
         leaf, subleaf = (_address(modifier.member(name)) for name in ("leaf", "subleaf"))
         registers = {
-            row.member("register").text(): bitmap(row.member("bitmap"), 32)
+            row.member("register").text(): row.member("bitmap").bitmap(32)
             for row in modifier.member("modifiers").items()
         }
         if sorted(registers) != sorted(words.REGISTERS):
@@ -108,7 +108,7 @@ def _msrs(modifiers: Element) -> dict[str, int]:
     found: dict[str, int] = {}
     for modifier in modifiers.items():
         word = words.msr_word(_address(modifier.member("addr")))
-        value = bitmap(modifier.member("bitmap"), 64)
+        value = modifier.member("bitmap").bitmap(64)
         if word in found:
             raise modifier.wrong(f"{word} is there twice")
         if word in known:
@@ -121,13 +121,3 @@ def _address(element: Element) -> int:
         return hexadecimal(element.text())
     except ValueError:
         raise element.wrong(f"{element.value!r} is not a 32-bit number like '0x1'") from None
-
-
-def bitmap(element: Element, bits: int) -> int:
-    """A number written "0b…" with at most `bits` digits. Raises BadInput."""
-    text = element.text()
-    digits = text.removeprefix("0b")
-    if digits == text or not 1 <= len(digits) <= bits or not set(digits) <= {"0", "1"}:
-        hint = "a template, which leaves bits open, is no fingerprint" if "x" in digits else ""
-        raise element.wrong(f"{text[:80]!r} is not a bitmap of {bits} bits", hint)
-    return int(digits, 2)
