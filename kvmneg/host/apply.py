@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-    from kvmneg.host.kvm import CpuidEntry
+    from kvmneg.host.tables import CpuidEntry
 
 STAGES = (
     "", "vm", "init", "pmu", "id", "cache", "firmware", "vgic", "verify",

@@ -22,7 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from kvmneg.host.kvm import CpuidEntry, Kvm, Probe, Scratch
+    from kvmneg.host.kvm import Kvm, Scratch
+    from kvmneg.host.tables import CpuidEntry, Probe
 
 REPLACED = "replaced"  # KVM takes the word and shows another value
 REFUSED = "refused"  # KVM does not take the word

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from kvmneg.host.guest_x86 import Answer
-    from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch
+    from kvmneg.host.kvm import Kvm, Scratch
+    from kvmneg.host.tables import CpuidEntry
 
 # KVM's own MSRs by the feature that announces them (Documentation/virt/kvm/x86/cpuid.rst and msr.rst)
 PARAVIRTUAL_MSRS = {

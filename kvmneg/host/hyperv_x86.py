@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from kvmneg.host.enforcement import Registers
-    from kvmneg.host.kvm import CpuidEntry
+    from kvmneg.host.tables import CpuidEntry
 
     Bound = Mapping[str, tuple[int, int]]
 

@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One handle on /dev/kvm: the Python face of libkvmneg (csrc/kvmneg.h), which makes every ioctl.
 
-The only module that imports the extension, besides its parts: kvm_arm64.py for what is arm64's, guest_x86.py for
-proof guests. A call releases the interpreter's lock while it is in C. Masks and registers are ints, tables are lists of
-named tuples; nothing here interprets them.
+The only module that makes calls into the extension, besides kvm_arm64.py for what is arm64's and guest_x86.py for proof
+guests. A call releases the interpreter's lock while it is in C. Masks and registers are ints, tables are lists of named
+tuples (tables.py); nothing here interprets them.
 """
 
 from __future__ import annotations
 
 import os
-from functools import partial
-from itertools import starmap
-from operator import itemgetter
-from struct import Struct, unpack
 from typing import NamedTuple
 
 from kvmneg._libkvmneg import ffi, lib
 from kvmneg.errors import KvmFault
-from kvmneg.host.capabilities import name as capability_name
+from kvmneg.host import tables
 from kvmneg.host.nokvm import busy, explain
+from kvmneg.host.tables import Capabilities
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,45 +23,9 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self
 
+    from kvmneg.host.tables import CpuidEntry, MsrShown, Probe
+
 _EPERM, _E2BIG, _EBUSY, _EINVAL = 1, 7, 16, 22
-_ENTRY = Struct("=7I12x")  # struct kvmneg_cpuid_entry
-_MSR = Struct("=IIQ")  # struct kvmneg_msr
-_CAPABILITIES = Struct(f"={lib.KVMNEG_CAPABILITIES}i")
-_CAPABILITY_NAMES = tuple(map(capability_name, range(lib.KVMNEG_CAPABILITIES)))
-# a measurement asks for the same names each time
-_chosen: dict[tuple[str, ...], itemgetter[tuple[int, ...]]] = {}
-_CAPABILITY_NUMBERS = {name: number for number, name in enumerate(_CAPABILITY_NAMES)}
-
-
-class CpuidEntry(NamedTuple):
-    """One CPUID leaf and subleaf with its four 32-bit registers (struct kvm_cpuid_entry2)."""
-
-    function: int
-    index: int  # type: ignore[assignment]  # the kernel's name for the subleaf; hides tuple.index()
-    flags: int  # 1: KVM_CPUID_FLAG_SIGNIFCANT_INDEX, the leaf has subleaves
-    eax: int
-    ebx: int
-    ecx: int
-    edx: int
-
-
-# CpuidEntry._make without its check of the length: there are sixty of them in each measurement
-_cpuid_entry = partial(tuple.__new__, CpuidEntry)
-
-
-class MsrShown(NamedTuple):
-    """What a vCPU has of an MSR after KVM_SET_MSRS: its 64-bit value, 0 where KVM does not let it be read."""
-
-    value: int
-    unread: bool  # KVM refuses to read it
-    unset: bool  # KVM refused the value it was given
-
-
-class Tsc(NamedTuple):
-    """TSC rates in kHz: the host's own, and the highest that KVM scales to, 0 where it does not scale."""
-
-    khz: int
-    max_khz: int
 
 
 class Scratch(NamedTuple):
@@ -72,86 +33,6 @@ class Scratch(NamedTuple):
 
     vm: int
     vcpu: int
-
-
-class Capabilities:
-    """What KVM_CHECK_EXTENSION answered, by name: (on /dev/kvm, on a VM); (0, 0) for a capability it lacks.
-
-    A measurement asks for a few dozen of 256, so the answers stay as they came until somebody asks.
-    """
-
-    __slots__ = ("_packed", "_vm")
-
-    def __init__(self, answers: Any) -> None:
-        """Copies a struct kvmneg_capabilities."""
-        self._packed = ffi.buffer(answers.system)[:]  # asked for where the VM refuses, and by people
-        self._vm = _CAPABILITIES.unpack(ffi.buffer(answers.vm))
-
-    def get(self, name: str, default: tuple[int, int] = (0, 0)) -> tuple[int, int]:
-        """The two answers for one name, `default` for a name no kernel has."""
-        number = _CAPABILITY_NUMBERS.get(name)
-        return default if number is None else (self._system()[number], self._vm[number])
-
-    def _system(self) -> tuple[int, ...]:
-        return _CAPABILITIES.unpack(self._packed)
-
-    def binding(self, names: tuple[str, ...]) -> tuple[int, ...]:
-        """The answers that count, of two or more names: the VM's, and /dev/kvm's where the VM refuses to answer.
-
-        Negative where both refuse. Raises KeyError for a name no kernel has.
-        """
-        chosen = _chosen.get(names)
-        if chosen is None:
-            chosen = _chosen[names] = itemgetter(*(_CAPABILITY_NUMBERS[name] for name in names))
-        found: tuple[int, ...] = chosen(self._vm)
-        if min(found) < 0:
-            pairs = zip(found, chosen(self._system()), strict=True)
-            found = tuple(vm if vm >= 0 else system for vm, system in pairs)
-        return found
-
-    def known(self) -> dict[str, tuple[int, int]]:
-        """Those that did not answer 0 twice."""
-        rows = zip(_CAPABILITY_NAMES, self._system(), self._vm, strict=True)
-        return {name: (system, vm) for name, system, vm in rows if system or vm}
-
-
-class Probe(NamedTuple):
-    """All that one x86 KVM offers, from one call.
-
-    A part that this KVM does not have is None (xcomp_guest_supp, hyperv, emulated, and what has a default) or
-    empty (feature_msrs), and `missing` has the errno with which it said so. `state_msrs` are the indices of
-    KVM_GET_MSR_INDEX_LIST; `mce_cap` is KVM_X86_GET_MCE_CAP_SUPPORTED, as MSR 0x179 without its number of banks.
-    """
-
-    capabilities: Capabilities
-    supported: list[CpuidEntry]
-    emulated: list[CpuidEntry] | None
-    hyperv: list[CpuidEntry] | None
-    feature_msrs: dict[int, int]
-    refused_msrs: tuple[int, ...]
-    xcomp_guest_supp: int | None
-    missing: dict[str, int]
-    state_msrs: tuple[int, ...] | None = None
-    mce_cap: int | None = None
-    tsc: Tsc | None = None
-
-
-def _entries(table: Any) -> list[CpuidEntry]:
-    """struct kvmneg_cpuid as a list."""
-    data = ffi.buffer(table.entries, table.count * _ENTRY.size)
-    return list(map(_cpuid_entry, _ENTRY.iter_unpack(data)))
-
-
-def _msrs(table: Any) -> tuple[dict[int, int], tuple[int, ...]]:
-    """struct kvmneg_msrs: index → value of those read, and the indices of those refused."""
-    rows = list(_MSR.iter_unpack(ffi.buffer(table.entries, table.count * _MSR.size)))
-    values = {index: value for index, refused, value in rows if not refused}
-    return values, tuple(index for index, refused, _ in rows if refused)
-
-
-def _indices(table: Any) -> tuple[int, ...]:
-    """struct kvmneg_indices."""
-    return unpack(f"={table.count}I", ffi.buffer(table.entries, table.count * 4))
 
 
 def raw_cpuid(cpu: int) -> list[CpuidEntry]:
@@ -167,7 +48,7 @@ def raw_cpuid(cpu: int) -> list[CpuidEntry]:
     if r < 0:
         raise KvmFault("sched_setaffinity", -r, f"CPU {cpu}")
     try:
-        return _entries(table[0])
+        return tables.entries(table[0])
     finally:
         lib.kvmneg_free(table[0])
 
@@ -265,7 +146,7 @@ class Kvm:
         found = ffi.new("struct kvmneg_probe **")
         self._call(lib.kvmneg_probe, self.fd, scratch.vm, scratch.vcpu, found)
         try:
-            return _decode(found[0])
+            return tables.decode(found[0])
         finally:
             lib.kvmneg_probe_free(found[0])
 
@@ -288,7 +169,7 @@ class Kvm:
         table = ffi.new("struct kvmneg_cpuid **")
         self._call(function, *arguments, table)
         try:
-            return _entries(table[0])
+            return tables.entries(table[0])
         finally:
             lib.kvmneg_free(table[0])
 
@@ -297,7 +178,7 @@ class Kvm:
         table = ffi.new("struct kvmneg_msrs **")
         self._call(lib.kvmneg_get_feature_msrs, self.fd, hint, table)
         try:
-            return _msrs(table[0])
+            return tables.msrs(table[0])
         finally:
             lib.kvmneg_free(table[0])
 
@@ -306,9 +187,7 @@ class Kvm:
 
         None where KVM refuses the table (EINVAL, E2BIG, EPERM).
         """
-        given = ffi.new("struct kvmneg_cpuid *", {"count": len(entries), "entries": len(entries)})
-        rows = b"".join(starmap(_ENTRY.pack, entries))
-        ffi.buffer(given.entries, len(rows))[:] = rows
+        given = tables.cpuid_table(entries)
         try:
             return self._cpuid(lib.kvmneg_try_cpuid, scratch.vcpu, given)
         except KvmFault as error:
@@ -319,17 +198,11 @@ class Kvm:
 
     def try_msrs(self, scratch: Scratch, values: Mapping[int, int]) -> dict[int, MsrShown]:
         """What a vCPU has of MSRs it is given, by index (KVM_SET_MSRS, KVM_GET_MSRS; api.rst 4.19, 4.18)."""
-        given = ffi.new("struct kvmneg_msrs *", {"count": len(values), "entries": len(values)})
-        rows = b"".join(_MSR.pack(index, 0, value) for index, value in values.items())
-        ffi.buffer(given.entries, len(rows))[:] = rows
+        given = tables.msr_table(values)
         table = ffi.new("struct kvmneg_msrs **")
         self._call(lib.kvmneg_try_msrs, scratch.vcpu, given, table)
         try:
-            shown = ffi.buffer(table[0].entries, table[0].count * _MSR.size)
-            return {
-                index: MsrShown(value, bool(how & lib.KVMNEG_MSR_UNREAD), bool(how & lib.KVMNEG_MSR_UNSET))
-                for index, how, value in _MSR.iter_unpack(shown)
-            }
+            return tables.shown_msrs(table[0])
         finally:
             lib.kvmneg_free(table[0])
 
@@ -376,30 +249,3 @@ def _ioctl_name(request: int) -> str:
     """The kernel's name of an ioctl that libkvmneg makes, else its number."""
     name = lib.kvmneg_ioctl_name(request)
     return ffi.string(name).decode("ascii") if name else f"{request:#x}"
-
-
-def _decode(probe: Any) -> Probe:
-    """struct kvmneg_probe of x86."""
-    msrs = _msrs(probe.feature_msrs) if probe.feature_msrs else ({}, ())
-    missing = {
-        "emulated": -probe.emulated_error,
-        "hyperv": -probe.hyperv_error,
-        "feature_msrs": -probe.feature_msrs_error,
-        "xcomp_guest_supp": -probe.xcomp_error,
-        "state_msrs": -probe.state_msrs_error,
-        "mce_cap": -probe.mce_error,
-        "tsc": -probe.tsc_error,
-    }
-    return Probe(
-        capabilities=Capabilities(probe.capabilities),
-        supported=_entries(probe.supported),
-        emulated=_entries(probe.emulated) if probe.emulated else None,
-        hyperv=_entries(probe.hyperv) if probe.hyperv else None,
-        feature_msrs=msrs[0],
-        refused_msrs=msrs[1],
-        xcomp_guest_supp=None if probe.xcomp_error else int(probe.xcomp_guest_supp),
-        missing={part: error for part, error in missing.items() if error},
-        state_msrs=_indices(probe.state_msrs) if probe.state_msrs else None,
-        mce_cap=None if probe.mce_error else int(probe.mce_cap),
-        tsc=None if probe.tsc_error else Tsc(probe.tsc.khz, probe.tsc.max_khz),
-    )

@@ -7,7 +7,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from kvmneg._libkvmneg import ffi, lib
-from kvmneg.host.kvm import Capabilities
+from kvmneg.host.tables import Capabilities
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any, Self
 
-    from kvmneg.host.kvm import CpuidEntry, Probe
     from kvmneg.host.proof import Kept
     from kvmneg.host.software import CpuClass
+    from kvmneg.host.tables import CpuidEntry, Probe
     from kvmneg.host.visit import Plan
 
 ARCHITECTURE = ARM64 if os.uname().machine == "aarch64" else X86_64

@@ -19,8 +19,8 @@ from kvmneg.host import enforcement, hyperv_x86
 from kvmneg.host import guest_x86 as guest
 from kvmneg.host.enforcement import LEAKS, REFUSED, REPLACED, UNTESTED
 from kvmneg.host.guest_x86 import Question
-from kvmneg.host.kvm import MsrShown
 from kvmneg.host.sight import HONOURED, Missed, Sight, mark
+from kvmneg.host.tables import MsrShown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from kvmneg.host.enforcement import Registers
     from kvmneg.host.guest_x86 import Answer
-    from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch
+    from kvmneg.host.kvm import Kvm, Scratch
+    from kvmneg.host.tables import CpuidEntry
 
 _XCR0 = "cpuid:0xd.0.eax"
 _XTILE = 3 << 17  # AMX: permission to have it is the process's to ask for

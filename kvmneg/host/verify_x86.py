@@ -17,15 +17,17 @@ from kvmneg.features import words
 from kvmneg.host import enforcement, hidden_x86, hyperv_x86, proof_x86, x86
 from kvmneg.host.guest_x86 import MODE_NAMES
 from kvmneg.host.instructions_x86 import BASES, CODE
-from kvmneg.host.kvm import CpuidEntry, raw_cpuid
+from kvmneg.host.kvm import raw_cpuid
 from kvmneg.host.proof_x86 import Table
 from kvmneg.host.sight import Proof, Standing
+from kvmneg.host.tables import CpuidEntry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kvmneg.host.kvm import Kvm, Probe
+    from kvmneg.host.kvm import Kvm
+    from kvmneg.host.tables import Probe
 
     Bound = Mapping[str, tuple[int, int]]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
-    from kvmneg.host.kvm import Capabilities, CpuidEntry, Probe
+    from kvmneg.host.tables import Capabilities, CpuidEntry, Probe
 
 ARCHITECTURE = words.X86_64
 

@@ -30,7 +30,8 @@ from typing import Any
 from kvmneg.errors import NotApplied
 from kvmneg.host import capabilities, measure, verify_x86
 from kvmneg.host.apply import Applied
-from kvmneg.host.kvm import CpuidEntry, Kvm
+from kvmneg.host.kvm import Kvm
+from kvmneg.host.tables import CpuidEntry
 from tests.hosts import given
 
 PAGE = 4096

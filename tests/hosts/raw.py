@@ -13,7 +13,8 @@ import sys
 from typing import Any, cast
 
 from kvmneg.host import capabilities
-from kvmneg.host.kvm import CpuidEntry, Kvm, Probe, Tsc
+from kvmneg.host.kvm import Kvm
+from kvmneg.host.tables import CpuidEntry, Probe, Tsc
 
 
 def answers(probe: Probe) -> dict[str, Any]:

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvmneg.features.report import Report
-    from kvmneg.host.kvm import CpuidEntry, Kvm
+    from kvmneg.host.kvm import Kvm
+    from kvmneg.host.tables import CpuidEntry
 
 pytestmark = pytest.mark.kvm
 
@@ -127,7 +128,7 @@ def test_a_lowered_contract_hides(kvm: Kvm, report: Report) -> None:
 
 
 def _entry(row: tuple[int, ...]) -> CpuidEntry:
-    from kvmneg.host.kvm import CpuidEntry
+    from kvmneg.host.tables import CpuidEntry
 
     return CpuidEntry(*row)
 

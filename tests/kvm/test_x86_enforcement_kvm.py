@@ -9,7 +9,8 @@ import pytest
 
 from kvmneg.features import catalog, words
 from kvmneg.host import enforcement, measure, x86
-from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch
+from kvmneg.host.kvm import Kvm, Scratch
+from kvmneg.host.tables import CpuidEntry
 
 pytestmark = [
     pytest.mark.kvm,

@@ -15,7 +15,8 @@ import pytest
 from kvmneg.errors import KvmFault
 from kvmneg.host import ioctls
 from kvmneg.host.capabilities import name
-from kvmneg.host.kvm import CpuidEntry, Kvm, Probe
+from kvmneg.host.kvm import Kvm
+from kvmneg.host.tables import CpuidEntry, Probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable

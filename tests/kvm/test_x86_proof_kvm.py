@@ -17,7 +17,8 @@ import pytest
 from kvmneg.errors import KvmFault
 from kvmneg.features import words
 from kvmneg.host import enforcement, measure, sight, x86
-from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch, raw_cpuid
+from kvmneg.host.kvm import Kvm, Scratch, raw_cpuid
+from kvmneg.host.tables import CpuidEntry
 
 if measure.ARCHITECTURE == "x86_64":
     from kvmneg.host import guest_x86 as guest

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from kvmneg.errors import KvmFault
-from kvmneg.host.kvm import CpuidEntry, raw_cpuid
+from kvmneg.host.kvm import raw_cpuid
+from kvmneg.host.tables import CpuidEntry
 
 
 def by_leaf(cpu: int) -> dict[tuple[int, int], CpuidEntry]:

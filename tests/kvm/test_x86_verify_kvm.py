@@ -18,7 +18,8 @@ from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
 from kvmneg.host import measure
 from kvmneg.host.apply import Applied
-from kvmneg.host.kvm import CpuidEntry, Kvm, Scratch
+from kvmneg.host.kvm import Kvm, Scratch
+from kvmneg.host.tables import CpuidEntry
 from kvmneg.policy import negotiation
 from kvmneg.policy.contract import Contract
 from kvmneg.policy.request import Request

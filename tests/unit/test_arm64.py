@@ -16,7 +16,7 @@ from kvmneg.host.kvm_arm64 import Init, Probe, Trial
 from kvmneg.host.software import CpuClass, Roots
 
 if TYPE_CHECKING:
-    from kvmneg.host.kvm import Capabilities
+    from kvmneg.host.tables import Capabilities
 
 PSCI = 0x6030000000140000
 VENDOR_2 = 0x6030000000160003

@@ -17,7 +17,7 @@ from kvmneg.features.report import Report
 from kvmneg.host import enforcement, measure
 from kvmneg.host.apply import Applied
 from kvmneg.host.capabilities import NAMES
-from kvmneg.host.kvm import CpuidEntry
+from kvmneg.host.tables import CpuidEntry
 from kvmneg.policy.contract import Contract
 
 pytestmark = pytest.mark.skipif(measure.ARCHITECTURE != "x86_64", reason="CPUID is x86's")

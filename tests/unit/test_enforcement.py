@@ -13,7 +13,7 @@ from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
 from kvmneg.host import enforcement
 from kvmneg.host.enforcement import REFUSED, REPLACED, UNTESTED
-from kvmneg.host.kvm import CpuidEntry, MsrShown, Probe
+from kvmneg.host.tables import CpuidEntry, MsrShown, Probe
 from kvmneg.policy import grade
 from kvmneg.policy.contract import Contract
 from kvmneg.policy.negotiation import check_request, negotiate

@@ -15,8 +15,8 @@ import pytest
 from kvmneg.errors import KvmFault, NoKvm
 from kvmneg.features.report import Report
 from kvmneg.host import ioctls, measure, network
-from kvmneg.host.kvm import CpuidEntry, MsrShown, Probe
 from kvmneg.host.software import Roots
+from kvmneg.host.tables import CpuidEntry, MsrShown, Probe
 from kvmneg.policy.definitions import level
 
 

@@ -15,7 +15,7 @@ from kvmneg.features import catalog
 if platform.machine() == "x86_64":
     from kvmneg.host import guest_x86, hidden_x86, proof_x86, sight
     from kvmneg.host.instructions_x86 import BASES, CODE, INSTRUCTIONS
-    from kvmneg.host.kvm import CpuidEntry
+    from kvmneg.host.tables import CpuidEntry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,7 +24,7 @@ from kvmneg.features import words
 from kvmneg.features.report import Report
 from kvmneg.host import enforcement, measure
 from kvmneg.host.apply import Applied
-from kvmneg.host.kvm import CpuidEntry
+from kvmneg.host.tables import CpuidEntry
 from kvmneg.policy import contract as contracts
 
 if TYPE_CHECKING:

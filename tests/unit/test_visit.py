@@ -13,8 +13,8 @@ from kvmneg.errors import KvmFault
 from kvmneg.features.featureset import FeatureSet, fits
 from kvmneg.features.report import Report
 from kvmneg.host import enforcement, visit, x86
-from kvmneg.host.kvm import CpuidEntry, Probe
 from kvmneg.host.software import CpuClass, cpu_numbers
+from kvmneg.host.tables import CpuidEntry, Probe
 
 BIG, LITTLE, THIRD = CpuClass({"model": "1"}, (0, 1)), CpuClass({"model": "2"}, (2, 3, 4)), CpuClass({}, (7,))
 

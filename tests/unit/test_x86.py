@@ -19,7 +19,7 @@ from kvmneg.features import catalog
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.features.report import Report
 from kvmneg.host import x86
-from kvmneg.host.kvm import CpuidEntry, Probe, Tsc
+from kvmneg.host.tables import CpuidEntry, Probe, Tsc
 from tests.hosts.raw import probe_of
 
 TESTS = Path(__file__).parents[1]
