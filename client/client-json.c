@@ -84,27 +84,29 @@ static int call_of(const char *method, struct json_object *parameters, char **re
         return r;
 }
 
-int kvmneg_client_call_of_json(const char *method, const char *parameters, char **ret_call, size_t *ret_size) {
-        struct json_object *object;
-        size_t size = parameters ? strnlen(parameters, (size_t) KVMNEG_CLIENT_CALL_MAX + 1) : 0;
-        int r;
-
-        if (!parameters)
-                return -EINVAL;
-        if (size > KVMNEG_CLIENT_CALL_MAX)
-                return -EMSGSIZE;
-        r = parse_object(parameters, size, &object);
-        if (r < 0)
-                return r == -ENOMEM ? r : -EINVAL;
-        return call_of(method, object, ret_call, ret_size);
-}
-
-/* Digests and UUIDs are; what is not would have to be checked for UTF-8, which json-c does not do when it prints. */
+/* Methods, digests and UUIDs are; what is not would have to be checked for UTF-8, which json-c does not do when it prints. */
 static bool is_ascii(const char *text, size_t size) {
         for (size_t at = 0; at < size; at++)
                 if (text[at] < ' ' || text[at] > '~')
                         return false;
         return true;
+}
+
+int kvmneg_client_call_of_json(const char *method, const char *parameters, char **ret_call, size_t *ret_size) {
+        struct json_object *object;
+        size_t size = parameters ? strnlen(parameters, (size_t) KVMNEG_CLIENT_CALL_MAX + 1) : 0;
+        int r;
+
+        if (!parameters || !method)
+                return -EINVAL;
+        if (size > KVMNEG_CLIENT_CALL_MAX || strnlen(method, KVMNEG_CLIENT_CALL_MAX) == KVMNEG_CLIENT_CALL_MAX)
+                return -EMSGSIZE;
+        if (!is_ascii(method, strlen(method)))
+                return -EINVAL;
+        r = parse_object(parameters, size, &object);
+        if (r < 0)
+                return r == -ENOMEM ? r : -EINVAL;
+        return call_of(method, object, ret_call, ret_size);
 }
 
 /* The value of a parameter; NULL where it is left out. */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The methods: what each asks, and which fields of a reply it needs. */
+/* A VM's methods: what each asks, and which fields of a reply it needs. */
 
 #include <kvmneg.h>
 #include <limits.h>
@@ -8,18 +8,6 @@
 #include <string.h>
 
 #include "client.h"
-
-struct kvmneg_refusal *kvmneg_refusal_free(struct kvmneg_refusal *refusal) {
-        if (refusal) {
-                free((void *) refusal->name);
-                free((void *) refusal->message);
-                free((void *) refusal->hint);
-                free((void *) refusal->blockers);
-                free((void *) refusal->reply);
-                free(refusal);
-        }
-        return NULL;
-}
 
 struct kvmneg_offer *kvmneg_offer_free(struct kvmneg_offer *offer) {
         if (offer) {
@@ -37,57 +25,6 @@ struct kvmneg_grant *kvmneg_grant_free(struct kvmneg_grant *grant) {
                 free(grant);
         }
         return NULL;
-}
-
-/* Why not, of an error reply, whose text it takes over. An error with odd parameters is one all the same: what cannot
- * be read of it is empty, and `reply` has it. */
-static int refusal_of(const struct document *document, struct reply *reply, struct kvmneg_refusal **ret_refusal) {
-        struct kvmneg_refusal *refusal;
-        const char *name;
-        char *text = NULL;
-
-        if (!ret_refusal)
-                return -EREMOTEIO;
-        refusal = calloc(1, sizeof(*refusal));
-        if (!refusal)
-                return -ENOMEM;
-        if (kvmneg_client_error_name(document, &name) == 0)
-                refusal->name = strdup(name);
-        refusal->message = kvmneg_client_text(document, "message", &text) == 0 ? text : strdup("");
-        refusal->hint = kvmneg_client_text(document, "hint", &text) == 0 ? text : strdup("");
-        refusal->blockers = kvmneg_client_blockers(document, "blockers", &text, &refusal->blocker_count) == 0 ?
-                                    text :
-                                    strdup("");
-        if (!refusal->name || !refusal->message || !refusal->hint || !refusal->blockers) {
-                kvmneg_refusal_free(refusal);
-                return -ENOMEM;
-        }
-        refusal->reply = reply->text;
-        reply->text = NULL;
-        *ret_refusal = refusal;
-        return -EREMOTEIO;
-}
-
-/* Sends a call, which it releases, and parses the reply. Release both, on success only. */
-static int ask(const char *socket, char *call, size_t size, int timeout_ms, struct reply *ret_reply,
-               struct document **ret_document, struct kvmneg_refusal **ret_refusal) {
-        struct document *document = NULL;
-        struct reply reply = { NULL, 0 };
-        int r = kvmneg_client_exchange(socket, call, size, timeout_ms, &reply);
-
-        free(call);
-        if (r == 0)
-                r = kvmneg_client_parse(&reply, &document);
-        if (r == -EREMOTEIO)
-                r = refusal_of(document, &reply, ret_refusal);
-        if (r < 0) {
-                kvmneg_client_document_free(document);
-                free(reply.text);
-                return r;
-        }
-        *ret_document = document;
-        *ret_reply = reply;
-        return 0;
 }
 
 /* "sha256:" and 64 hexadecimal digits, into room for them. */
@@ -126,14 +63,14 @@ static int read_offer(const struct document *document, struct kvmneg_offer *offe
 int kvmneg_negotiate(const char *socket, const char *request, int timeout_ms, struct kvmneg_offer **ret_offer,
                      struct kvmneg_refusal **ret_refusal) {
         struct kvmneg_offer *offer;
-        struct document *document;
-        struct reply reply;
+        struct document *document = NULL;
+        struct reply reply = { NULL, 0 };
         size_t size;
         char *call;
         int r = kvmneg_client_call_of_json("org.kvmneg.Negotiate", request, &call, &size);
 
         if (r == 0)
-                r = ask(socket, call, size, timeout_ms, &reply, &document, ret_refusal);
+                r = kvmneg_client_ask(socket, call, size, timeout_ms, &reply, &document, ret_refusal);
         if (r < 0)
                 return r;
         offer = calloc(1, sizeof(*offer));
@@ -202,13 +139,13 @@ static int be_granted(const char *socket, const char *method, const struct param
                       struct kvmneg_refusal **ret_refusal) {
         struct kvmneg_grant *grant;
         struct document *document = NULL;
-        struct reply reply;
+        struct reply reply = { NULL, 0 };
         size_t size;
         char *call;
         int r = kvmneg_client_call_of(method, parameters, &call, &size);
 
         if (r == 0)
-                r = ask(socket, call, size, timeout_ms, &reply, &document, ret_refusal);
+                r = kvmneg_client_ask(socket, call, size, timeout_ms, &reply, &document, ret_refusal);
         if (r < 0)
                 return r;
         grant = calloc(1, sizeof(*grant));
@@ -300,14 +237,14 @@ int kvmneg_receive(const char *socket, const struct kvmneg_contract *contract, c
 static int tell(const char *socket, const char *method, const char *vm, int timeout_ms,
                 struct kvmneg_refusal **ret_refusal) {
         const struct parameter parameters[] = { { .name = "vm", .text = vm }, { .name = NULL } };
-        struct document *document;
-        struct reply reply;
+        struct document *document = NULL;
+        struct reply reply = { NULL, 0 };
         size_t size;
         char *call;
         int r = kvmneg_client_call_of(method, parameters, &call, &size);
 
         if (r == 0)
-                r = ask(socket, call, size, timeout_ms, &reply, &document, ret_refusal);
+                r = kvmneg_client_ask(socket, call, size, timeout_ms, &reply, &document, ret_refusal);
         if (r < 0)
                 return r;
         kvmneg_client_document_free(document);

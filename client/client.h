@@ -20,6 +20,10 @@ int kvmneg_client_exchange(const char *socket, const char *call, size_t size, in
 /* JSON, all of it in client-json.c. */
 struct document; /* what was parsed */
 
+/* Sends a call, which it releases, and parses the reply (client-ask.c). Release both, on success only. */
+int kvmneg_client_ask(const char *socket, char *call, size_t size, int timeout_ms, struct reply *ret_reply,
+                      struct document **ret_document, struct kvmneg_refusal **ret_refusal);
+
 struct document *kvmneg_client_document_free(struct document *document);
 
 /* A text, or a number where that is not 0; what has neither is left out where it may be, else it is -EINVAL. */

@@ -8,6 +8,7 @@
  *      receive      the same for a VM that comes from another host, with the contract it has there
  *      started      the VM runs: the contract does not expire any more
  *      end          the VM is gone
+ *      call         any other method: hand the VM over, save it, report what it was given
  *
  * The contract of every function here:
  *   - it returns 0 on success and a negative errno on failure;
@@ -20,7 +21,7 @@
  *   - descriptors it opens have O_CLOEXEC, and none is left open.
  *
  *      -EREMOTEIO    the daemon said no: *ret_refusal (unless NULL) tells which error it is, and why
- *      -EINVAL       `request` is no JSON object, or another argument is NULL or not printable ASCII; `pid` is
+ *      -EINVAL       `request` or `parameters` is no JSON object, or another argument is NULL or not printable ASCII; `pid` is
  *                    negative; `socket` is too long or empty
  *      -EMSGSIZE     the call is longer than KVMNEG_CLIENT_CALL_MAX
  *      -ENOENT, -ECONNREFUSED, -EACCES, ...  from connect(2): nobody serves there, or not for this user
@@ -136,6 +137,15 @@ int kvmneg_started(const char *socket, const char *vm, int timeout_ms, struct kv
 
 /* Method End: the VM is gone. */
 int kvmneg_end(const char *socket, const char *vm, int timeout_ms, struct kvmneg_refusal **ret_refusal);
+
+/*
+ * Any other method, by its full name: the VM goes on in another process ("org.kvmneg.Guests.Handover"), lies in an image
+ * ("org.kvmneg.Guests.Saved"), was given other words ("org.kvmneg.Guests.Report"). `parameters` is the UTF-8 JSON of its
+ * parameters, NULL for none. *ret_reply (unless NULL) is the reply as it came, {"parameters": {...}}: release it with
+ * free(3). One that gives more than one reply (Watch) is refused: those need a connection that stays.
+ */
+int kvmneg_call(const char *socket, const char *method, const char *parameters, int timeout_ms, char **ret_reply,
+                struct kvmneg_refusal **ret_refusal);
 
 #ifndef KVMNEG_CDEF
 #ifdef __cplusplus

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,23 @@ def test_a_process_keeps_it(daemon: Daemon, c_client: Callable[..., dict[str, st
     with daemon.client() as client:
         (guest,) = client.guests_list()["guests"]
     assert guest["holders"] == [{"pid": os.getpid(), "by": "process"}]
+
+
+def test_another_process_takes_it_over(daemon: Daemon, c_client: Callable[..., dict[str, str]]) -> None:
+    """By a method that the library has no function of its own for."""
+    given = c_client(daemon.socket, "negotiate", parameters({"level": "x86-64-v2"}))
+    assert c_client(daemon.socket, "begin", given["digest"], VM, str(os.getpid()))["r"] == "0"
+    assert c_client(daemon.socket, "started", VM)["r"] == "0"
+    with subprocess.Popen(["sleep", "60"]) as heir:
+        try:
+            asked = json.dumps({"vm": VM, "pid": heir.pid})
+            taken = c_client(daemon.socket, "call", "org.kvmneg.Guests.Handover", asked)
+            assert (taken["r"], json.loads(taken["reply"])["parameters"]) == ("0", {"incarnation": 1})
+            listed = c_client(daemon.socket, "call", "org.kvmneg.Guests.List", "-")
+            (guest,) = json.loads(listed["reply"])["parameters"]["guests"]
+            assert {holder["pid"] for holder in guest["holders"]} == {os.getpid(), heir.pid}
+        finally:
+            heir.terminate()
 
 
 def test_a_guest_that_comes_from_elsewhere(

@@ -178,6 +178,17 @@ static void tell(void) {
         check_result(kvmneg_end("/daemon", "vm", -1, NULL));
 }
 
+static void call(void) {
+        struct kvmneg_refusal *refusal = NULL;
+        char *reply = NULL;
+        int r = kvmneg_call("/daemon", "org.kvmneg.Guests.Saved", "{\"vm\": \"vm\"}", -1, &reply, &refusal);
+
+        check_result(r);
+        REQUIRE(r != -EBADE && (r == 0) == (reply != NULL));
+        check_refusal(r, refusal);
+        free(reply);
+}
+
 /* The first digest there is, else one that is not there. */
 static void digest_in(char found[static KVMNEG_CLIENT_DIGEST_SIZE]) {
         const uint8_t *at = sent_size ? memmem(sent, sent_size, "sha256:", 7) : NULL;
@@ -228,6 +239,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         begin(file_digest, true);
         receive();
         tell();
+        call();
         REQUIRE(lowest_free() == before);
         return 0;
 }

@@ -114,6 +114,7 @@ int main(int argc, char **argv) {
         struct kvmneg_offer *offer = NULL;
         struct kvmneg_grant *grant = NULL;
         struct kvmneg_contract *contract = NULL;
+        char *reply = NULL;
         int timeout = atoi(argv[2]), before = descriptors(), r = -ENOSYS;
 
         if (strncmp(method, "interrupted-", 12) == 0) {
@@ -136,6 +137,10 @@ int main(int argc, char **argv) {
                 r = kvmneg_started(socket, first, timeout, &refusal);
         else if (strcmp(method, "end") == 0)
                 r = kvmneg_end(socket, first, timeout, &refusal);
+        else if (strcmp(method, "call") == 0)
+                r = kvmneg_call(socket, first, argument(argc, argv, 5), timeout, &reply, &refusal);
+        else if (strcmp(method, "quiet-call") == 0)
+                r = kvmneg_call(socket, first, argument(argc, argv, 5), timeout, NULL, NULL);
         number("r", r);
         number("descriptors", descriptors() - before);
         if (offer)
@@ -146,5 +151,8 @@ int main(int argc, char **argv) {
                 print_contract(contract);
         if (refusal)
                 print_refusal(refusal);
+        if (reply)
+                text("reply", reply);
+        free(reply);
         return 0;
 }

@@ -234,6 +234,21 @@ def test_what_is_told(
     assert sent == {"method": f"org.kvmneg.{method.capitalize()}", "parameters": {"vm": VM}}
 
 
+def test_any_method(script: Script, c_client: Callable[..., dict[str, str]]) -> None:
+    reply = {"parameters": {"incarnation": 4, "new": ["é"]}}
+    script.replies(reply)
+    given = c_client(script.path, "call", "org.kvmneg.Guests.Handover", f'{{"vm": "{VM}", "pid": 5}}')
+    assert (codes(given), json.loads(given["reply"])) == ("", reply)
+    assert codes(c_client(script.path, "quiet-call", "org.kvmneg.Guests.List")) == ""
+    handover, listed = (json.loads(call.removesuffix(b"\0")) for call in script.calls)
+    assert handover == {"method": "org.kvmneg.Guests.Handover", "parameters": {"vm": VM, "pid": 5}}
+    assert listed == {"method": "org.kvmneg.Guests.List", "parameters": {}}
+    script.replies({"error": "org.varlink.service.ExpectedMore"})
+    given = c_client(script.path, "call", "org.kvmneg.Watch")
+    assert (codes(given), given["name"]) == ("EREMOTEIO", "org.varlink.service.ExpectedMore")
+    assert codes(c_client(script.path, "quiet-call", "org.kvmneg.Watch")) == "EREMOTEIO"
+
+
 def test_it_sends_what_the_python_client_sends(
     script: Script, c_client: Callable[..., dict[str, str]], brought: str
 ) -> None:
@@ -306,6 +321,11 @@ def test_a_refusal_of_another_shape_is_one_all_the_same(
         (("receive", BROUGHT, "-"), "EINVAL"),
         (("receive", BROUGHT, VM, "\x01"), "EINVAL"),
         (("receive", BROUGHT, VM, "-", "-1"), "EINVAL"),
+        (("call", "-"), "EINVAL"),
+        (("call", "é"), "EINVAL"),
+        (("call", "org.kvmneg.Guests.Saved", "[]"), "EINVAL"),
+        (("call", "x" * limits.CALL_BYTES), "EMSGSIZE"),
+        (("call", "org.kvmneg.Guests.Saved", json.dumps({"a": "x" * limits.CALL_BYTES})), "EMSGSIZE"),
         (("end", "é"), "EINVAL"),
         (("end", "x" * limits.CALL_BYTES), "EMSGSIZE"),
     ],
@@ -554,6 +574,7 @@ def test_exports(tmp_path: Path, build_client: Callable[..., Path]) -> None:
         for name in (
             "negotiate",
             "begin",
+            "call",
             "receive",
             "started",
             "end",
