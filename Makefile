@@ -38,10 +38,12 @@ bench: setup-test build $(VENV)/.test $(VENV)/.bench  ## every figure with its t
 
 build: $(VENV)/.built
 
-install: setup-install $(VENV)/.run  ## the C libraries, headers, pkg-config files and the Python package, below DESTDIR
+install: setup-install $(VENV)/.run  ## libraries, headers, the Python package, commands, pages, completions, units, below DESTDIR
 	@rm -rf build/install
-	@$(BIN)/meson setup --wipe --buildtype=release --prefix=$(PREFIX) -Dpython.install_env=prefix -Dclient=enabled build/install >build/install.log 2>&1 \
-	    || $(BIN)/meson setup --buildtype=release --prefix=$(PREFIX) -Dclient=enabled build/install
+	@mkdir -p build
+	@$(BIN)/meson setup --buildtype=release --prefix=$(PREFIX) -Dpython.install_env=prefix \
+	    -Dclient=enabled -Dman=enabled -Dcompletion=enabled build/install >build/install.log 2>&1 \
+	    || { cat build/install.log >&2; exit 1; }
 	@$(BIN)/meson install -C build/install --destdir '$(abspath $(DESTDIR))'
 
 clean:

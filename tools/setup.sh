@@ -22,7 +22,7 @@ case ${1:-} in
         packages+=(qemu-system-arm qemu-system-x86)
         ;;
     run) ;;
-    install) packages+=(libjson-c-dev) ;; # libkvmneg-client
+    install) packages+=(libjson-c-dev scdoc) ;; # libkvmneg-client, the manual pages
     *) echo "usage: $0 run|install|test|hosts" >&2; exit 2 ;;
 esac
 

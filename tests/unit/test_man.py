@@ -14,16 +14,30 @@ import pytest
 
 from kvmneg import errors, limits
 from kvmneg.cli import COMMANDS, arguments
+from kvmneg.service.interfaces import introspection
 
-MAN = Path(__file__).parents[2] / "man"
+TOP = Path(__file__).parents[2]
+MAN = TOP / "man"
 PAGES = (
     "kvmneg.1", "kvmnegd.8", "libkvmneg.3", "libkvmneg-client.3", "kvmneg-pytest.7", "org.kvmneg1.7", "kvmneg.toml.5",
+    "org.kvmneg.7",
 )  # fmt: skip
 CLIENT = MAN.parent / "client"
 
 
 def source(page: str) -> str:
-    return (MAN / f"{page}.scd").read_text("utf-8")
+    """What scdoc is given: a file, or of org.kvmneg(7) what is made of the interface files."""
+    if page != "org.kvmneg.7":
+        return (MAN / f"{page}.scd").read_text("utf-8")
+    command = [
+        sys.executable,
+        "-P",
+        MAN / "interfaces.py",
+        MAN / "org.kvmneg.7.scd.in",
+        TOP / "kvmneg/errors.py",
+    ]
+    files = [TOP / f"kvmneg/service/interfaces/{name}.varlink" for name in introspection.INTERFACES]
+    return subprocess.run([*command, *files], capture_output=True, check=True).stdout.decode("utf-8")
 
 
 def options(parser: argparse.ArgumentParser) -> Iterator[str]:
