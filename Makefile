@@ -10,7 +10,7 @@ WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 DESTDIR ?=
 PREFIX ?= /usr
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := pyproject.toml meson.build $(shell find kvmneg csrc man units -type f ! -name '*.pyc' ! -name '*.so' ! -name '_x86_64*' 2>/dev/null)
+SOURCES := pyproject.toml meson.build $(shell find kvmneg csrc man completion units -type f ! -name '*.pyc' ! -name '*.so' ! -name '_x86_64*' 2>/dev/null)
 
 .PHONY: run test test-hosts test-long lint bench build install clean setup-run setup-install setup-test setup-hosts
 .DELETE_ON_ERROR:
@@ -38,7 +38,7 @@ bench: setup-test build $(VENV)/.test $(VENV)/.bench  ## every figure with its t
 
 build: $(VENV)/.built
 
-install: setup-install $(VENV)/.run  ## libraries, headers, the Python package, commands, pages, completions, units, below DESTDIR
+install: setup-install $(VENV)/.install  ## libraries, headers, the Python package, commands, pages, completions, units, below DESTDIR
 	@rm -rf build/install
 	@mkdir -p build
 	@$(BIN)/meson setup --buildtype=release --prefix=$(PREFIX) -Dpython.install_env=prefix \
@@ -58,6 +58,10 @@ $(BIN)/python:
 $(VENV)/.run: pyproject.toml tools/constraints.txt | $(BIN)/python
 	@echo "Python packages (once) …"
 	@$(PIP) install --use-pep517 --constraint tools/constraints.txt $$($(BIN)/python tools/dependencies.py build run)
+	@touch $@
+
+$(VENV)/.install: $(VENV)/.run
+	@$(PIP) install --use-pep517 --constraint tools/constraints.txt $$($(BIN)/python tools/dependencies.py install)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run

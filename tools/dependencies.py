@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Prints the Python packages of the named groups as pyproject.toml lists them: build, run, test, lint, bench.
+"""Prints the Python packages of the named groups as pyproject.toml lists them: build, run, install, test, lint, bench.
 
 pip learned `--group` in 25.1; Debian 12's is older.
 """

@@ -17,6 +17,7 @@ case ${1:-} in
         packages+=(dbus) # a private bus
         packages+=(clang libclang-rt-dev) # the fuzzers of tests/fuzz
         packages+=(mmdebstrap) # the containers of tests/units
+        packages+=(zsh bash-completion) # completions at a terminal
         packages+=(systemd) # journalctl reads the message catalogue, busctl calls
         # the hosts of tests/hosts, of either architecture
         packages+=(qemu-system-arm qemu-system-x86)

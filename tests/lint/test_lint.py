@@ -42,7 +42,9 @@ def test_mypy(tmp_path: Path) -> None:
 def test_codespell() -> None:
     run(
         "codespell",
-        *tracked("*.py", "*.c", "*.h", "*.md", "*.scd", "*.toml", "*.varlink", "Makefile", "*.sh"),
+        *tracked(
+            "*.py", "*.c", "*.h", "*.md", "*.scd", "*.scd.in", "*.toml", "*.varlink", "Makefile", "*.sh"
+        ),
     )
 
 
@@ -66,7 +68,17 @@ def test_gcc_analyzer(compiler: str, source: str, tmp_path: Path) -> None:
 def test_every_file_has_a_licence_line() -> None:
     """SPDX in the first three lines of every source, script and table."""
     sources = tracked(
-        "*.py", "*.c", "*.h", "*.sh", "*.toml", "*.varlink", "*.scd", "Makefile", "*.map", "*meson.build"
+        "*.py",
+        "*.c",
+        "*.h",
+        "*.sh",
+        "*.toml",
+        "*.varlink",
+        "*.scd",
+        "*.scd.in",
+        "Makefile",
+        "*.map",
+        "*meson.build",
     )
     without = [
         name
