@@ -125,7 +125,7 @@ def _receive(arguments: argparse.Namespace) -> int:
         arguments, "org.kvmneg.Guests.Receive", contract=document, vm=arguments.vm, pid=arguments.pid
     )
     if arguments.json:
-        print_json({"vm": arguments.vm, **answer})
+        print_json({"vm": arguments.vm, **sources.snake(answer), "above": _blockers(answer["above"])})
         return 0
     screen = Screen()
     screen.line(f"received: VM {arguments.vm} holds {answer['digest']}")
@@ -138,13 +138,20 @@ def _receive(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _blockers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a reply as documents have them."""
+    from kvmneg.features.difference import Blocker
+
+    return [Blocker.from_json(row).to_json() for row in rows]
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from kvmneg.features.difference import Blocker
 
     words = _contract(arguments.file).to_json()["words"]
     answer = sources.call(arguments, "org.kvmneg.Guests.Report", vm=arguments.vm, words=words)
     if arguments.json:
-        print_json({"vm": arguments.vm, **answer})
+        print_json({"vm": arguments.vm, **answer, "exceeds": _blockers(answer["exceeds"])})
         return 0
     screen = Screen()
     screen.line(f"reported: VM {arguments.vm} has {answer['digest']}")

@@ -25,6 +25,10 @@ PAGES = (
 CLIENT = MAN.parent / "client"
 
 
+# What mandoc says of scdoc's own output, whatever the page.
+HARMLESS = ("WARNING: skipping paragraph macro: PP ",)
+
+
 def source(page: str) -> str:
     """What scdoc is given: a file, or of org.kvmneg(7) what is made of the interface files."""
     if page != "org.kvmneg.7":
@@ -113,6 +117,54 @@ def test_every_exit_code_is_on_the_page() -> None:
         assert f"*{code}*\n" in told
 
 
+def verbs(parser: argparse.ArgumentParser) -> list[str]:
+    found = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return list(found[0]) if found else []
+
+
+def test_every_command_that_prints_json_has_its_shape_on_the_page() -> None:
+    """Each command, or each of its verbs, is a term of the section JSON: "vm started, saved", "features"."""
+    told = set()
+    for term in re.findall(
+        r"^([a-z].*)$", source("kvmneg.1").partition("\n# JSON\n")[2].partition("\n# ")[0], re.MULTILINE
+    ):
+        command = ""
+        for one in re.sub(r" \(.*\)", "", term).split(", "):
+            first, _, verb = one.partition(" ")
+            command, verb = (first, verb) if first in COMMANDS else (command, first)
+            told.add(f"{command} {verb}".strip())
+    for command in COMMANDS:
+        for verb in verbs(arguments.parser_of(command)) or [""]:
+            assert f"{command} {verb}".strip() in told, f"{command} {verb}"
+
+
+SECTIONS = {page.rpartition(".")[0]: page.rpartition(".")[2] for page in PAGES}
+# Of others' packages, which are not here to be looked at.
+OTHERS = {
+    "busctl(1)", "cpuid(1)", "free(3)", "ioctl(2)", "polkit(8)", "pytest(1)", "qemu-system-x86_64(1)",
+    "systemd.service(5)", "systemd.socket(5)", "varlinkctl(1)",
+}  # fmt: skip
+
+
+def plain(text: str) -> str:
+    """Without examples, and without what makes words bold or underlined."""
+    return re.sub(
+        r"\*|\\|(?<!\w)_|_(?!\w)", "", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_that_is_referred_to_is_there(page: str) -> None:
+    text = plain(source(page).partition("\n")[2])
+    found = set(re.findall(r"(?<![\w.-])([a-z][\w.-]*)\(([1-9])\)", text))
+    ours = {f"{name}({number})" for name, number in SECTIONS.items()}
+    assert {f"{name}({number})" for name, number in found} <= ours | OTHERS
+    also = text.partition("# SEE ALSO")[2]
+    referred = {name for name in ours if re.search(rf"(?<![\w.-]){re.escape(name)}", also)}
+    assert referred, "it leads nowhere"
+    assert f"{page.rpartition('.')[0]}({page.rpartition('.')[2]})" not in referred
+
+
 @pytest.mark.parametrize(
     "number",
     [
@@ -178,11 +230,13 @@ def test_a_page_renders(page: str, tmp_path: Path) -> None:
     rendered.write_text(made.stdout, "utf-8")
     if not shutil.which("mandoc"):
         pytest.skip("mandoc is not installed")
-    # its lower grades are about scdoc's own output: empty paragraphs, long lines
     linted = subprocess.run(
-        ["mandoc", "-T", "lint", "-W", "error", rendered], capture_output=True, text=True, check=False
+        ["mandoc", "-T", "lint", "-W", "warning", rendered], capture_output=True, text=True, check=False
     )
-    assert linted.returncode == 0, linted.stdout + linted.stderr
+    found = [
+        line for line in linted.stdout.splitlines() if not any(harmless in line for harmless in HARMLESS)
+    ]
+    assert found == []
 
 
 def test_every_function_of_the_library_is_on_its_page() -> None:
