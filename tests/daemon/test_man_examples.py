@@ -18,9 +18,12 @@ from kvmneg.errors import Blocked
 from tests.served import daemon_in
 
 TOP = Path(__file__).parents[2]
-EXAMPLES = re.findall(
-    r"^```\n(.*?)^```$", (TOP / "man/org.kvmneg.7.scd.in").read_text("utf-8"), re.DOTALL | re.MULTILINE
-)
+PAGE = (TOP / "man/org.kvmneg.7.scd.in").read_text("utf-8")
+# As they are shown: scdoc takes a backslash away, in examples too.
+EXAMPLES = [
+    re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
+    for text in re.findall(r"^```\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+]
 RECORDED = TOP / "kvmneg/data/recorded-host.json"
 SOCKET = "/run/kvmneg/org.kvmneg"
 
@@ -61,23 +64,24 @@ def test_the_program_says_why_it_ends(tmp_path: Path) -> None:
 
 def test_the_calls_by_varlinkctl_are_answered(tmp_path: Path) -> None:
     """Its arguments are the socket, the method and the parameters."""
-    lines = [
-        line for text in EXAMPLES for line in text.replace("\\\n", "").splitlines() if "varlinkctl" in line
+    scripts = [text.replace("\\\n", " ") for text in EXAMPLES if "varlinkctl" in text]
+    commands = [
+        shlex.split(one)
+        for text in scripts
+        for one in re.split(r"^(?=varlinkctl)", text, flags=re.MULTILINE)
+        if one
     ]
-    calls = [words for words in map(shlex.split, lines) if words[1] == "call"]
+    calls = [words for words in commands if words[1] == "call"]
     assert len(calls) > 3
-    assert {words[1] for words in map(shlex.split, lines)} == {"call", "info", "introspect"}
+    assert {words[1] for words in commands} == {"call", "info", "introspect"}
     with daemon_in(tmp_path, "--report", str(RECORDED)) as socket, Client(socket) as client:
         for words in calls:
-            (place, method, parameters), more = (
-                [word for word in words[2:] if word != "--more"],
-                "--more" in words,
-            )
+            place, method, parameters = (word for word in words[2:] if word != "--more")
             assert place == SOCKET
             if "svm" in parameters:
                 with pytest.raises(Blocked):
                     client.call(method, json.loads(parameters))
-            elif more:
+            elif "--more" in words:
                 assert next(client.call_more(method, json.loads(parameters)))["state"] == "floating"
             else:
                 assert client.call(method, json.loads(parameters))
@@ -85,7 +89,7 @@ def test_the_calls_by_varlinkctl_are_answered(tmp_path: Path) -> None:
 
 def test_a_report_is_served_without_a_kvm(tmp_path: Path) -> None:
     """The second line of that example; the first one needs a KVM, and makes a file like the recorded one."""
-    first, second = example("kvmnegd --socket").splitlines()
+    first, _, second = example("kvmnegd --socket").partition("\n")
     assert first == "kvmneg host --json > report.json"
     (tmp_path / "report.json").write_bytes(RECORDED.read_bytes())
     script = second.replace("kvmnegd ", f"exec timeout 20 {sys.executable} -P -m kvmneg.service.daemon ", 1)
