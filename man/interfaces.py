@@ -148,9 +148,12 @@ def _listed(groups: tuple[Group, ...], *, output: bool) -> list[str]:
     return rows
 
 
-def _told(member: Member) -> tuple[list[str], str]:
-    """What the comment of a method says, and the errors it lists last."""
+def _told(interface: Interface, member: Member) -> tuple[list[str], str]:
+    """What the comment of a method says, and the errors it lists last; of "as of X" those of X."""
     prose, _, listed = "\n".join(member.comment).partition("Errors: ")
+    if found := re.fullmatch(r"as of (\w+)\.", listed):
+        (other,) = (one for one in interface.of("method") if one.name == found[1])
+        listed = _told(interface, other)[1]
     return [part.strip() for part in prose.split("\n") if part.strip()], listed
 
 
@@ -170,7 +173,7 @@ def methods(interface: Interface, shared: tuple[Group, ...]) -> list[str]:
     """What the interface is for; each method: what it does, its parameters, its reply, its errors."""
     rows = [row for part in interface.comment for row in (escaped(part), "")]
     for member in interface.of("method"):
-        told, listed = _told(member)
+        told, listed = _told(interface, member)
         rows += [f"## {interface.name}.{member.name}", ""]
         rows += [row for part in told for row in (escaped(part), "")]
         rows += _input(member, shared)
