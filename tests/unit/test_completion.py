@@ -213,6 +213,7 @@ def test_every_option_of_the_daemon(shell: Shell) -> None:
         ("kvmneg import instlatx64 node2", "kvmneg import instlatx64 node2.json "),
         ("kvmnegd --state sta", "kvmnegd --state states/"),
         ("kvmnegd --bus sys", "kvmnegd --bus system "),
+        ("kvmnegd --bus=", "kvmnegd --bus=system "),
         ("kvmnegd --report node2", "kvmnegd --report node2.json "),
     ],
 )  # fmt: skip

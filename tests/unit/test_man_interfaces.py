@@ -86,6 +86,26 @@ def test_a_method_tells_what_it_does_before_its_parameters():
         assert not first.startswith("*"), method
 
 
+def test_every_comment_of_the_interfaces_is_on_the_page():
+    """Line by line, but for types that stand there as another interface's, and lists of errors."""
+
+    def words(text: str) -> str:
+        return " ".join(re.sub(r"[_'*]", "", text).split())
+
+    flat, left_out, counted = (
+        words(PAGE),
+        {"Why not: as in org.kvmneg.", "One reason, as in org.kvmneg.", "As in org.kvmneg."},
+        0,
+    )
+    for text in DESCRIPTIONS.values():
+        prose = re.sub(r"^# Errors:.*(?:\n#.*)*", "", text, flags=re.MULTILINE)
+        for line in re.findall(r"^ *# (.*)$", prose, re.MULTILINE):
+            if not line.startswith("SPDX") and line not in left_out:
+                assert words(line) in flat, line
+                counted += 1
+    assert counted > 300
+
+
 def test_what_is_for_admins_says_so():
     """What takes a reason, and the audit, which names users: the daemon asks each for an admin."""
     known = {name for name, one in members(scanner._Method).items() if "reason" in one.in_type.fields}
