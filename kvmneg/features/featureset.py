@@ -37,7 +37,7 @@ _MANY = 32  # sets from which on packing them pays: they will meet again when on
 class FeatureSet:
     """An immutable, canonical map word → value. Build one by `of`; `words` must not be changed."""
 
-    __slots__ = ("_digest", "_hash", "_packed", "architecture", "conflicts", "words")
+    __slots__ = ("_demands", "_digest", "_hash", "_packed", "architecture", "conflicts", "words")
 
     def __init__(
         self, architecture: str, canonical: dict[str, int], conflicts: tuple[Conflict, ...] = ()
@@ -48,6 +48,7 @@ class FeatureSet:
         self._hash: int | None = None
         self._digest: str | None = None
         self._packed: Packed | None = None
+        self._demands: dict[str, int] | None = None
 
     @classmethod
     def of(cls, architecture: str, measured: Mapping[str, int]) -> FeatureSet:
@@ -109,6 +110,17 @@ class FeatureSet:
             lines += [f"conflict {conflict}" for conflict in self.conflicts]
             self._digest = "sha256:" + sha256("\n".join(lines).encode()).hexdigest()
         return self._digest
+
+    def demands(self) -> dict[str, int]:
+        """What a guest here may not be without: word → the bits by which its bottom does not fit. Often empty."""
+        if self._demands is None:  # kept: a host's offer is held against each guest's set
+            rule_of = catalogs.load(self.architecture).words
+            found = ((rule_of[word], value) for word, value in self.words.items())
+            unfit = (
+                (rule.word, unfit_bits(rule, rule.bottom, value)) for rule, value in found if not rule.all_and
+            )
+            self._demands = {word: bits for word, bits in unfit if bits}
+        return self._demands
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FeatureSet):
@@ -298,15 +310,12 @@ def _unfit_words(guest: FeatureSet, host: FeatureSet) -> Iterator[tuple[str, int
             rule = rule_of[word]
             if theirs is None:
                 theirs = rule.bottom
-            unfit = unfit_bits(rule, ours, theirs)
+            unfit = ours & ~theirs & rule.and_mask if rule.all_and else unfit_bits(rule, ours, theirs)
             if unfit:
                 yield word, ours, theirs, unfit
-    for word, theirs in offered.items():
+    for word, unfit in host.demands().items():
         if word not in promised:
-            rule = rule_of[word]
-            unfit = unfit_bits(rule, rule.bottom, theirs)
-            if unfit:
-                yield word, rule.bottom, theirs, unfit
+            yield word, rule_of[word].bottom, offered[word], unfit
     for lead, others in catalog.groups:
         if lead in promised:
             for word in others:  # 0 on the guest: alone it would fit whatever the host has

@@ -21,6 +21,8 @@ besides finds it at 0x40000100, a reader of guest CPUID finds its base by the si
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from kvmneg.errors import BadInput
 
 X86_64 = "x86_64"
@@ -34,7 +36,7 @@ KINDS = tuple(_WIDTHS)
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 _NAME_CHARACTERS = 40  # what the binary contract has room for, kind included
 _HEXADECIMAL = frozenset("0123456789abcdef")
-
+_ORDERED = 1024  # words whose place is remembered: more than the catalogues have
 
 _SHOWN_CHARACTERS = 80
 
@@ -143,6 +145,7 @@ def parse_value(word: str, text: object) -> int:
     raise BadInput(f"{word}: {brief(text)} is not a {width(word)}-bit value like {text_value(word, 0)!r}")
 
 
+@lru_cache(_ORDERED)
 def order(word: str) -> tuple[int, int, int, str]:
     """Sort key: kinds in their table's order, CPUID by leaf and register, MSRs by index."""
     kind, _, rest = word.partition(":")

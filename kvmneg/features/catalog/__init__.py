@@ -160,7 +160,7 @@ class Feature:
     """What people call one field. `requires` as in the table; aliases are "" where the tool has none."""
 
     __slots__ = (
-        "libvirt", "linux", "name", "qemu", "requires", "rule", "settable", "shift", "title", "vendor", "why",
+        "libvirt", "linux", "mask", "name", "qemu", "requires", "rule", "settable", "shift", "title", "vendor", "why",
         "width", "withheld", "word",
     )  # fmt: skip
 
@@ -183,10 +183,7 @@ class Feature:
             self.name, self.word, self.shift, self.width, self.rule, self.requires, self.title, self.why,
             self.withheld, self.qemu, self.linux, self.libvirt, self.vendor, self.settable,
         ) = row  # fmt: skip
-
-    @property
-    def mask(self) -> int:
-        return ((1 << self.width) - 1) << self.shift
+        self.mask = ((1 << self.width) - 1) << self.shift
 
     def of(self, value: int) -> int:
         """The feature's own value in a word's."""
@@ -272,11 +269,9 @@ class Names:
             hint=f"did you mean {', '.join(near)}?" if near else "`kvmneg features` lists them",
         )
 
-    def at(self, word: str, mask: int) -> Iterator[Feature]:
+    def at(self, word: str, mask: int) -> list[Feature]:
         """The features of a word that lie in `mask`, lowest bit first."""
-        for feature in self.by_place.get(word, ()):
-            if feature.mask & mask:
-                yield feature
+        return [feature for feature in self.by_place.get(word, ()) if feature.mask & mask] if mask else []
 
     def within(self, word: str, value: int) -> Iterator[Feature]:
         """The features that a word's value has: those of its bits, and the single controls that it offers."""
