@@ -103,10 +103,14 @@ class Fence:
 
     def text(self) -> str:
         """The canonical text: the same set gives the same bytes."""
-        catalog = catalogs.load(self.granted.architecture)
         lines = [_HEADLINE, f"architecture {self.granted.architecture}"]
+        written = _written[self.granted.architecture]
         for word in sorted(self.granted.words, key=words.order):
-            lines += _lines(catalog.words[word], self.granted)
+            value = self.granted.words[word]
+            last = written.get(word)
+            if last is None or last[0] != value:
+                last = written[word] = value, tuple(_lines(word, value, self.granted.architecture))
+            lines += last[1]
         lines += _registers(self.registers)
         return "\n".join(lines) + "\n"
 
@@ -126,21 +130,22 @@ class Fence:
 
 # What was read last: a fence that is pinned is read as it comes, and again before it is stored.
 _last: dict[str, tuple[FeatureSet, tuple[int, ...]]] = {}
+# A word's lines as they were written last, and the value they are of: most fences differ in few words.
+_written: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {one: {} for one in words.ARCHITECTURES}
 
 
-def _lines(rule: WordRules, granted: FeatureSet) -> Iterator[str]:
-    value = granted.value(rule.word)
-    names = catalogs.names(granted.architecture)
+def _lines(word: str, value: int, architecture: str) -> Iterator[str]:
+    rule, names = catalogs.load(architecture).words[word], catalogs.names(architecture)
     bits = rule.bits_mask
     if bits:
-        shown = " ".join(feature.name for feature in names.at(rule.word, value & bits))
-        yield f"{rule.word:<24} {_binary(rule.word, value & bits)}" + (f"  # {shown}" if shown else "")
-    for feature in names.at(rule.word, rule.judged & ~bits):
+        shown = " ".join([feature.name for feature in names.at(word, value & bits)])
+        yield f"{word:<24} {_binary(word, value & bits)}" + (f"  # {shown}" if shown else "")
+    for feature in names.at(word, rule.judged & ~bits):
         number = feature.of(value)
         if feature.rule == rules.INTERVAL:
-            yield f"{rule.word}.{feature.name} = {number & _LOW}-{number >> 32}"
+            yield f"{word}.{feature.name} = {number & _LOW}-{number >> 32}"
             continue
-        yield f"{rule.word}.{feature.name} = {number if feature.width <= 16 else format(number, '#x')}"
+        yield f"{word}.{feature.name} = {number if feature.width <= 16 else format(number, '#x')}"
 
 
 def _registers(registers: tuple[int, ...]) -> Iterator[str]:
@@ -168,15 +173,17 @@ class _Reader:
         self.file = file
         self.line = 0
         self.architecture = ""
+        self.rules: dict[str, WordRules] = {}
         self.values: dict[str, int] = {}
         self.registers: list[int] = []
         self.lines: dict[str, int] = {}  # of each word with bits and of each number
 
     def read(self, text: str) -> FeatureSet:
         # not splitlines(): a line separator of Unicode inside a comment would start a line that nobody sees
-        for self.line, row in enumerate(text.split("\n"), 1):
+        for line, row in enumerate(text.split("\n"), 1):
             content = row.partition("#")[0].strip()
             if content:
+                self.line = line
                 self._row(content)
         self.line = 0
         if not self.architecture:
@@ -199,16 +206,16 @@ class _Reader:
             architecture = content.split(None, 1)[1]
             if architecture not in catalogs.available():
                 raise self._wrong(f"no catalogue for architecture {words.brief(architecture)}")
-            self.architecture = architecture
+            self.architecture, self.rules = architecture, catalogs.load(architecture).words
             return
         if not self.architecture:
             raise self._wrong("the architecture comes first", 'like "architecture x86_64"')
         if content.startswith("registers "):
             self._registers(content.split()[1:])
             return
-        name, equals, number = (part.strip() for part in content.partition("="))
+        name, equals, number = content.partition("=")
         if equals:
-            self._number(name, number)
+            self._number(name.rstrip(), number.lstrip())
             return
         parts = content.split()
         if len(parts) != 2:
@@ -238,7 +245,7 @@ class _Reader:
         self.lines[name] = self.line
 
     def _rule(self, word: str) -> WordRules:
-        rule = catalogs.load(self.architecture).words.get(word)
+        rule = self.rules.get(word)
         if rule is None:
             raise self._wrong(
                 f"{words.brief(word)} is no word of the catalogue", "`kvmneg features` lists them"
@@ -249,7 +256,7 @@ class _Reader:
         rule = self._rule(word)
         self._once(word)
         digits = text.removeprefix("0b").replace("_", "")
-        if text[:2] != "0b" or len(digits) != words.width(word) or set(digits) - {"0", "1"}:
+        if text[:2] != "0b" or len(digits) != words.width(word) or digits.strip("01"):
             raise self._wrong(f"{word} needs {words.width(word)} binary digits, like {_binary(word, 0)}")
         value = int(digits, 2)
         foreign = value & ~rule.bits_mask
@@ -282,7 +289,7 @@ class _Reader:
         for word, named in self.values.items():
             rule = self._rule(word)
             value = named if word in self.lines else named | rule.or_mask
-            for feature in table.at(word, rule.judged & ~rule.bits_mask):
+            for feature in table.at(word, rule.bottom & ~rule.bits_mask):
                 # a limit that may be absent is absent: its bottom would be a limit of one
                 if f"{word}.{feature.name}" not in self.lines and feature.rule != rules.MINIMUM_NONZERO:
                     value |= rule.bottom & feature.mask

@@ -49,7 +49,10 @@ def named(granted: FeatureSet, report: Report) -> FeatureSet:
         raise UsageError(f"the fence is of {granted.architecture}, this host is {report.architecture}")
     Fence(granted)  # a set without a common vendor is no fence's, whatever it is called
     catalog = catalogs.load(report.architecture)
-    vendor = {word: report.offer.words[word] for word in catalog.equal_words if word in report.offer.words}
+    offered = report.offer.words
+    vendor = {word: offered[word] for word in catalog.equal_words if word in offered}
+    if granted.words.keys() >= vendor.keys():
+        return granted
     return FeatureSet.of(report.architecture, {**vendor, **granted.words})
 
 
