@@ -39,8 +39,8 @@ class Report:
     """
 
     __slots__ = (
-        "_accepting", "_canonical", "_offer", "accept_words", "architecture", "combo", "dropped_words", "enforcement",
-        "identity", "instructions", "measured", "offer_words", "registers", "settable_words", "silicon_words",
+        "_accepting", "_canonical", "_digest", "_offer", "accept_words", "architecture", "combo", "dropped_words",
+        "enforcement", "identity", "instructions", "measured", "offer_words", "registers", "settable_words", "silicon_words",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +74,7 @@ class Report:
         self._offer: FeatureSet | None = None
         self._accepting: Report | None = None
         self._canonical: bytes | None = None
+        self._digest = ""
 
     @property
     def host(self) -> str:
@@ -149,7 +150,9 @@ class Report:
 
     def digest(self) -> str:
         """SHA-256 of `canonical`: two measurements with the same outcome have the same digest."""
-        return "sha256:" + sha256(self.canonical()).hexdigest()
+        if not self._digest:  # kept, as each change of the fence is told with it
+            self._digest = "sha256:" + sha256(self.canonical()).hexdigest()
+        return self._digest
 
     def combo_digest(self) -> str:
         """SHA-256 of the combo (`combo_digest`)."""
