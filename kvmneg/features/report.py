@@ -40,7 +40,8 @@ class Report:
 
     __slots__ = (
         "_accepting", "_canonical", "_digest", "_offer", "accept_words", "architecture", "combo", "dropped_words",
-        "enforcement", "identity", "instructions", "measured", "offer_words", "registers", "settable_words", "silicon_words",
+        "enforcement", "identity", "instructions", "measured", "offer_words", "registers", "settable_words",
+        "silicon_words",
     )  # fmt: skip
 
     def __init__(

@@ -133,7 +133,7 @@ def check(word: str) -> str:
 
 def text_value(word: str, value: int) -> str:
     """A value as documents carry it: lower-case hexadecimal of the register's full width."""
-    return f"{value:#0{width(word) // 4 + 2}x}"
+    return f"0x{value:08x}" if width(word) == 32 else f"0x{value:016x}"
 
 
 def parse_value(word: str, text: object) -> int:
