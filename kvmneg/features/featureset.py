@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kvmneg.features.catalog import Catalog, WordRules
     from kvmneg.features.packed import Packed
 
-__all__ = ["Blocker", "Conflict", "Difference", "FeatureSet", "diff", "fits", "meet", "meet_all"]
+__all__ = ["Blocker", "Conflict", "Difference", "FeatureSet", "diff", "fits", "meet", "meet_all", "within"]
 
 
 _MANY = 32  # sets from which on packing them pays: they will meet again when one of them changes
@@ -321,6 +321,12 @@ def _unfit_words(guest: FeatureSet, host: FeatureSet) -> Iterator[tuple[str, int
             for word in others:  # 0 on the guest: alone it would fit whatever the host has
                 if word in offered and word not in promised:
                     yield word, 0, offered[word], rule_of[word].judged
+
+
+def within(guest: FeatureSet, host: FeatureSet) -> bool:
+    """Whether `guest` fits `host`: `fits` for who does not ask why not."""
+    alike = guest.architecture == host.architecture and not (guest.conflicts or host.conflicts)
+    return alike and next(_unfit_words(guest, host), None) is None
 
 
 def fits(

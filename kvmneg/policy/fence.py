@@ -12,7 +12,7 @@ hosts, combos, guests. What hosts do is kvmneg.policy.pooling's.
 from __future__ import annotations
 
 from kvmneg.errors import NotPinned, WrongState
-from kvmneg.features.featureset import fits
+from kvmneg.features.featureset import within
 from kvmneg.policy import guards
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.level import LOWER, RAISE, Level, Proposal, Step, ceiling, held_back
@@ -36,7 +36,7 @@ def pin(level: Level, fence: Fence, holdings: Iterable[Holding] = ()) -> Step:
     guards.require_no_proposal(level, "pin")
     guards.require_measured(level)
     guards.require_within(level, fence)
-    if level.fence is not None and fits(level.fence.granted, fence.granted):
+    if level.fence is not None and not within(level.fence.granted, fence.granted):
         guards.require_none_above(holdings, fence, ())
     after = _at(level, fence)
     return Step(after, "pin", _moved(level, after))

@@ -275,8 +275,9 @@ def expect(connection: Connection, expected: int | None) -> int:
 
 def _close_proposal(connection: Connection) -> None:
     """What was proposed was about another fence. Whether that is allowed is decided above."""
-    connection.execute("DELETE FROM proposals")
-    connection.execute("UPDATE level SET proposal = '', breached = 0")
+    # most often there is none: without a condition SQLite would write the page of an empty table too
+    connection.execute("DELETE FROM proposals WHERE TRUE")
+    connection.execute("UPDATE level SET proposal = '', breached = 0 WHERE proposal <> '' OR breached <> 0")
 
 
 def append(

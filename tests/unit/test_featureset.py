@@ -13,7 +13,7 @@ from strategies import AMD, ARCHITECTURE, CATALOG, FULL, INTEL, NAMES, WORDS, an
 
 from kvmneg.errors import UsageError
 from kvmneg.features import rules, words
-from kvmneg.features.featureset import FeatureSet, diff, fits, meet, meet_all
+from kvmneg.features.featureset import FeatureSet, diff, fits, meet, meet_all, within
 
 SETS = feature_sets()
 UNKNOWN_OR_INTEL = feature_sets((INTEL, None))
@@ -50,6 +50,12 @@ def test_meet_fits_both_and_is_the_greatest_that_does(a: FeatureSet, b: FeatureS
     met = meet(a, b)
     assert fits(met, a) == fits(met, b) == ()
     assert below(met, a) and below(met, b)
+
+
+@given(UNKNOWN_OR_INTEL, SETS)
+def test_a_set_is_within_another_exactly_where_nothing_blocks_it(a: FeatureSet, b: FeatureSet) -> None:
+    assert within(a, b) == (not fits(a, b))
+    assert within(meet(a, b), a) == (not fits(meet(a, b), a))
 
 
 @given(SETS, SETS, SETS)
