@@ -8,14 +8,13 @@ what KVM supports there.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg import limits
 from kvmneg.errors import BadInput
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.features.featureset import FeatureSet, meet_all
 from kvmneg.features.report import Report
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -9,14 +9,13 @@ base-x86_64-cpu). x-force-features, which tells a guest of features that are not
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.emit import qemu_vmx
 from kvmneg.errors import Blocked, UsageError
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
 from kvmneg.features.difference import Blocker
 from kvmneg.policy import rates
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

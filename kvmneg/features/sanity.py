@@ -13,11 +13,10 @@ Linux Documentation/virt/kvm/api.rst, KVM_CAP_XSAVE2.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words as addresses
 from kvmneg.features.words import X86_64
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ register that fails.
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
 
 from kvmneg._libkvmneg import ffi, lib
 from kvmneg.host.apply import call
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

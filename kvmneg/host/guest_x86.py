@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from itertools import starmap
 from struct import Struct
-from typing import NamedTuple
 
 from kvmneg import limits
 from kvmneg._libkvmneg import ffi, lib
 from kvmneg.errors import KvmFault
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

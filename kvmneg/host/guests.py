@@ -13,9 +13,9 @@ from __future__ import annotations
 import os
 import time
 from itertools import pairwise
-from typing import NamedTuple
 
 from kvmneg import limits
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,8 +11,6 @@ capability then tells nothing: it may be the MSR's own.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.host import guest_x86 as guest
@@ -20,6 +18,7 @@ from kvmneg.host import software
 from kvmneg.host.guest_x86 import Question
 from kvmneg.host.hyperv_x86 import named
 from kvmneg.host.sight import Standing
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ tuples (tables.py); nothing here interprets them.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 from kvmneg._libkvmneg import ffi, lib
 from kvmneg.errors import KvmFault
 from kvmneg.host import tables
 from kvmneg.host.nokvm import busy, explain
 from kvmneg.host.tables import Capabilities
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

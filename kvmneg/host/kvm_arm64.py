@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
 
 from kvmneg._libkvmneg import ffi, lib
 from kvmneg.host.tables import Capabilities
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

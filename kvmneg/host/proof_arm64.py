@@ -11,8 +11,6 @@ was set. The twin of proof_x86.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.errors import NotApplied
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
@@ -25,6 +23,7 @@ from kvmneg.host.instructions_arm64 import CODE, KERNELS, LEAST
 from kvmneg.host.sight import HONOURED, Missed, Sight, mark
 from kvmneg.host.views_arm64 import LENGTHS, REVISION, Question, register_of
 from kvmneg.policy.contract_arm64 import place
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

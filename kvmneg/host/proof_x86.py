@@ -11,8 +11,6 @@ as a user's program, for a KVM that does not intercept CPUID in one of them show
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.host import enforcement, hyperv_x86
@@ -21,6 +19,7 @@ from kvmneg.host.enforcement import LEAKS, REFUSED, REPLACED, UNTESTED
 from kvmneg.host.guest_x86 import Question
 from kvmneg.host.sight import HONOURED, Missed, Sight, mark
 from kvmneg.host.tables import MsrShown
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

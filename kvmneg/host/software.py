@@ -13,7 +13,8 @@ that.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

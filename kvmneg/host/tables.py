@@ -10,10 +10,10 @@ from functools import partial
 from itertools import starmap
 from operator import itemgetter
 from struct import Struct, unpack
-from typing import NamedTuple
 
 from kvmneg._libkvmneg import ffi, lib
 from kvmneg.host.capabilities import name as capability_name
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,12 +12,11 @@ only a few registers can be read: of the others the answer is an exception, and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.host.enforcement import LEAKS, REPLACED, UNTESTED
 from kvmneg.host.sight import HONOURED
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import _thread  # threading costs a millisecond at import, and has nothing that is needed here
 import os
-from typing import NamedTuple
 
 from kvmneg.errors import KvmFault
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

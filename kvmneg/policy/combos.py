@@ -9,9 +9,8 @@ that only tune, live patches of the kernel that runs now.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.errors import UsageError
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,13 +10,12 @@ document is unknown: what a guest inside has seen cannot be read from it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.errors import BadInput
 from kvmneg.features import words
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.policy import contract_json, negotiation
 from kvmneg.policy.contract import Contract
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

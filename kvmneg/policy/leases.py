@@ -7,13 +7,12 @@ outstanding contract counts like a guest, started or not; a guest nobody knows a
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg import limits
 from kvmneg.errors import GuestsAbove
 from kvmneg.features import catalog as catalogs
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet, fits
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

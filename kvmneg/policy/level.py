@@ -11,11 +11,10 @@ generation counts what an admin did to E; what a host did to a floating E is in 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.features.featureset import FeatureSet, fits, meet_all
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.members import Member, counting
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -15,8 +15,6 @@ says, by the kernel's version, and `by_table` tells it. x86 has nothing of this 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.errors import Incompatible
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
@@ -24,6 +22,7 @@ from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.policy.contract import binding_mask
 from kvmneg.policy.kernels import numbers
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.features import words
 from kvmneg.features.featureset import meet
 from kvmneg.policy import roll, vmm
 from kvmneg.policy.fence_text import Fence
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,11 +11,10 @@ what fits it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.features import words
 from kvmneg.features.difference import Blocker
 from kvmneg.features.featureset import FeatureSet
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

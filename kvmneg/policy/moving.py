@@ -8,11 +8,10 @@ guests get is no obstacle but a warning: there it is an island, and may go on on
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.features import words
 from kvmneg.policy import leases, negotiation
 from kvmneg.policy.scope import unmeasured
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

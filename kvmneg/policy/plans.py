@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg import limits
 from kvmneg.features.featureset import fits
 from kvmneg.policy import leases
 from kvmneg.policy.level import LOWER, RAISE
 from kvmneg.policy.members import counting
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

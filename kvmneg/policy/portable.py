@@ -14,10 +14,9 @@ Only a VMM that reads its contract can leave a register out. QEMU sends all it h
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.features import words
 from kvmneg.features.difference import Blocker
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,12 +8,11 @@ catalogue's `settable`). Of another VMM build, its rules by version (kvmneg.poli
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
 from kvmneg.features.report import Report
 from kvmneg.policy import kernels, roll
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,13 +7,12 @@ read from upstream's tables (kvmneg.policy.kernels), and only when something is 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, sanity, words
 from kvmneg.features.difference import Blocker
 from kvmneg.policy import rates
 from kvmneg.policy.contract import binding_mask
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

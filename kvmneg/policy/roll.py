@@ -10,14 +10,13 @@ with what differs and how to measure it; a prediction (kvmneg.policy.prediction)
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg import limits
 from kvmneg.features import words
 from kvmneg.features.crowd import Crowd
 from kvmneg.features.difference import Blocker
 from kvmneg.policy import combos, coverage, negotiation, rates, reasons
 from kvmneg.policy.scope import unmeasured
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

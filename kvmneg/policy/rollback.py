@@ -10,8 +10,6 @@ show. A guest that was started without it saw all that the new one offers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.errors import UsageError
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import words
@@ -21,6 +19,7 @@ from kvmneg.policy import coverage, negotiation, pool, portable, rates, reasons
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.kernels import numbers
 from kvmneg.policy.scope import unmeasured
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

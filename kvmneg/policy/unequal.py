@@ -7,10 +7,9 @@ tables): guests keep images of them in their memory, so a pool whose hosts diffe
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.features import catalog as catalogs
 from kvmneg.features.difference import show
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,8 +10,6 @@ what it may come with is what both accept. The rules are data (kvmneg/policy/def
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg.errors import UsageError
 from kvmneg.features import catalog as catalogs
 from kvmneg.features import rules, words
@@ -19,6 +17,7 @@ from kvmneg.features.difference import Blocker
 from kvmneg.features.report import Report
 from kvmneg.policy import definitions
 from kvmneg.policy.kernels import numbers
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

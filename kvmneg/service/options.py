@@ -6,10 +6,10 @@ from __future__ import annotations
 import getopt
 import os
 import sys
-from typing import NamedTuple
 
 from kvmneg import __version__
 from kvmneg.errors import UsageError
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,14 +7,21 @@ loses the oldest of them; an entry is forgotten once it is nobody's any more.
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Generic, TypeVar
 
-Key = TypeVar("Key")
-Value = TypeVar("Value")
+    Key = TypeVar("Key")
+    Value = TypeVar("Value")
+else:
+    Key = Value = None
+
+    class Generic:
+        """In the place of typing's, which costs a start 2 ms."""
+
+        def __class_getitem__(cls, _: object) -> type:
+            return cls
 
 
 class Shares(Generic[Key, Value]):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import socket
 import time
-from typing import NamedTuple
 
 from kvmneg.errors import UsageError
+from kvmneg.records import NamedTuple
 from kvmneg.service.leases.descriptors import Descriptors
 
 TYPE_CHECKING = False

@@ -8,10 +8,10 @@ is not taken. It may be behind the database, never ahead: it is made from what i
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
 
 from kvmneg import limits
 from kvmneg.errors import StoreError
+from kvmneg.records import NamedTuple
 from kvmneg.sha import sha256
 from kvmneg.store import statedir
 from kvmneg.store.faults import translated
@@ -19,6 +19,8 @@ from kvmneg.store.interface import ProposalRow, ReportRow
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvmneg.store.rolls import ComboRow, RollRow
 
 NAME = statedir.COPY

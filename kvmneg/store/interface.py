@@ -8,12 +8,12 @@ in UTC; times that are compared are seconds since 1970 (float).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Literal, Protocol
+    from typing import Any, Literal, Protocol
 
     from kvmneg.errors import StoreError
     from kvmneg.store.leases import Leases

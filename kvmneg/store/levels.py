@@ -8,8 +8,7 @@ change is one transaction, with its audit record and, where it moves the effecti
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from kvmneg.records import NamedTuple
 from kvmneg.store import audit as audits
 from kvmneg.store import sqlite
 from kvmneg.store.audit import storable

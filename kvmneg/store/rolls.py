@@ -7,10 +7,9 @@ deleted (the database itself refuses it): only a record made on the old kernel p
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from kvmneg import limits
 from kvmneg.errors import LimitExceeded
+from kvmneg.records import NamedTuple
 from kvmneg.store.audit import append, storable
 from kvmneg.store.interface import ReportRow
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import os
 import time
-from typing import NamedTuple
 
 from kvmneg import limits
 from kvmneg.errors import UsageError
 from kvmneg.host import guests
 from kvmneg.host.guests import Process
+from kvmneg.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ lets the node serve it. With `dry_run` it ends after the first.
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
 
 from kvmneg import limits
 from kvmneg.errors import GenerationMismatch, UsageError, WrongState
@@ -18,6 +17,7 @@ from kvmneg.features.featureset import FeatureSet, meet
 from kvmneg.policy import coverage, fence, guards, pinning, plans
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.level import LOWER, RAISE, Level
+from kvmneg.records import NamedTuple
 from kvmneg.service import telling
 from kvmneg.service.level import levels
 from kvmneg.store.interface import FenceRow, ProposalRow
