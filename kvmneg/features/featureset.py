@@ -25,7 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from kvmneg.features.catalog import Catalog, WordRules
+    from kvmneg.features.catalog import Catalog, Closing, WordRules
     from kvmneg.features.packed import Packed
 
 __all__ = ["Blocker", "Conflict", "Difference", "FeatureSet", "diff", "fits", "meet", "meet_all", "within"]
@@ -55,18 +55,22 @@ class FeatureSet:
         """The canonical set of raw values; words and bits without a rule are left out."""
         catalog = catalogs.load(architecture)
         kept: dict[str, int] = {}
-        rule_of, raised = catalog.words, catalog.raised_bottoms
+        rule_of, unjudged_of = catalog.words, catalog.unjudged.get
         for word, value in measured.items():
-            if not value and word not in raised:
-                continue  # most words of most hosts: zero, and zero is their bottom
-            rule = rule_of.get(word)
-            if rule is not None:
-                # most values are judged whole: a pool of sets then shares the reports' numbers
-                judged = value & rule.judged if value & rule.unjudged else value
-                if rule.ranges:
-                    judged = _uncontradicted(rule, judged)
-                if judged != rule.bottom:
-                    kept[word] = judged
+            if value:  # most words of most hosts: zero, and zero is the bottom of most
+                unjudged = unjudged_of(word)
+                if unjudged is not None:
+                    # most values are judged whole: a pool of sets then shares the reports' numbers
+                    judged = value & rule_of[word].judged if value & unjudged else value
+                    if judged:
+                        kept[word] = judged
+        for rule in catalog.particular:
+            found = measured.get(rule.word)
+            if found is not None:
+                kept.pop(rule.word, None)
+                found = _uncontradicted(rule, found & rule.judged)
+                if found != rule.bottom:
+                    kept[rule.word] = found
         # nothing else can be at its bottom: looking at each word again would cost a tenth of a measurement's decoding
         for word in _close(catalog, kept):
             if kept[word] == rule_of[word].bottom:
@@ -165,26 +169,25 @@ def _closed(catalog: Catalog, kept: dict[str, int]) -> dict[str, int]:
 
 def _close(catalog: Catalog, kept: dict[str, int]) -> dict[str, None]:
     """Put every unmet dependency in `kept` at its bottom; the words that this changed."""
-    needs_of, value_of, dependents = catalog.requirements, kept.get, catalog.dependents
-    pending: Iterable[str] = needs_of
+    value_of, closing = kept.get, catalog.closing
+    pending: Iterable[Closing] = closing.values()
     every_changed: dict[str, None] = {}
+    built_on = catalog.built_before
     while pending:  # few rounds: bases mostly come before what is built on them
         changed: dict[str, None] = {}
-        for word in pending:
+        for word, every, none, needs in pending:
             value = value_of(word)
-            if value is None:
+            if value is None or value & every == none:
                 continue
-            every, none = dependents[word]
-            if value & every == none:
-                continue
-            for mask, bottom, base, base_bottom, field, least in needs_of[word]:
+            for mask, bottom, base, base_bottom, field, least in needs:
                 if value & mask != bottom:
                     found = value_of(base, base_bottom) & field
                     if found < least if least else found:  # not is_met: 100 calls cost too much
                         kept[word] = value = value & ~mask | bottom
                         changed[word] = None
         every_changed |= changed
-        pending = {built: None for word in changed for built in catalog.built_on.get(word, ())}
+        built = {built: None for word in changed for built in built_on.get(word, ())}
+        pending, built_on = [closing[word] for word in built], catalog.built_on
     for rule in catalog.limited:
         value = value_of(rule.word)
         if value:

@@ -177,16 +177,17 @@ def decode(probe: Any) -> Probe:
         "mce_cap": -probe.mce_error,
         "tsc": -probe.tsc_error,
     }
+    tsc = probe.tsc
     return Probe(
-        capabilities=Capabilities(probe.capabilities),
-        supported=entries(probe.supported),
-        emulated=entries(probe.emulated) if probe.emulated else None,
-        hyperv=entries(probe.hyperv) if probe.hyperv else None,
-        feature_msrs=values,
-        refused_msrs=refused,
-        xcomp_guest_supp=None if probe.xcomp_error else int(probe.xcomp_guest_supp),
-        missing={part: error for part, error in missing.items() if error},
-        state_msrs=_indices(probe.state_msrs) if probe.state_msrs else None,
-        mce_cap=None if probe.mce_error else int(probe.mce_cap),
-        tsc=None if probe.tsc_error else Tsc(probe.tsc.khz, probe.tsc.max_khz),
+        Capabilities(probe.capabilities),
+        entries(probe.supported),
+        entries(probe.emulated) if probe.emulated else None,
+        entries(probe.hyperv) if probe.hyperv else None,
+        values,
+        refused,
+        None if missing["xcomp_guest_supp"] else int(probe.xcomp_guest_supp),
+        {part: error for part, error in missing.items() if error},
+        _indices(probe.state_msrs) if probe.state_msrs else None,
+        None if missing["mce_cap"] else int(probe.mce_cap),
+        None if missing["tsc"] else Tsc(tsc.khz, tsc.max_khz),
     )

@@ -92,6 +92,8 @@ class WordRules:
 # `least` of 0 is an or-field that is clear. `field` is a mask and `least` stands at its place, so that a test is one
 # operation. A plain tuple, as the build makes it: closing unpacks hundreds of them for each set.
 Requirement = tuple[int, int, str, int, int, int]
+# a word that needs something, the bits that do, their bottom, and what they need
+Closing = tuple[str, int, int, tuple[Requirement, ...]]
 
 
 def is_met(need: Requirement, base_value: int) -> bool:
@@ -104,8 +106,8 @@ class Catalog:
     """The rules of one architecture: words by address, whole leaves, dependencies, constants."""
 
     __slots__ = (
-        "architecture", "built_on", "dependents", "equal_words", "groups", "leaves", "limited", "policy",
-        "raised_bottoms", "requirements", "state_capabilities", "state_msrs", "words",
+        "architecture", "built_before", "built_on", "closing", "equal_words", "groups", "leaves", "limited",
+        "particular", "policy", "requirements", "state_capabilities", "state_msrs", "unjudged", "words",
     )  # fmt: skip
 
     def __init__(self, architecture: str) -> None:
@@ -117,7 +119,10 @@ class Catalog:
         tables = _tables(architecture)
         self.architecture = architecture
         self.words = {row[0]: WordRules(row) for row in tables.WORDS}
-        self.raised_bottoms = frozenset(word for word, rule in self.words.items() if rule.bottom)
+        # each word's bits that are not judged: a dictionary of their own, as each measurement asks for all of them
+        self.unjudged = {word: rule.unjudged for word, rule in self.words.items()}
+        # the words whose bottom is not zero, or whose value may contradict itself
+        self.particular = tuple(rule for rule in self.words.values() if rule.bottom or rule.ranges)
         # a must-be-equal field is a word of its own (compile.py sees to it)
         self.equal_words = tuple(
             word
@@ -131,10 +136,14 @@ class Catalog:
         self.leaves: dict[str, str] = tables.LEAVES
         # by the word that needs; as far as there is no circle, words come after the words they are built on
         self.requirements: dict[str, tuple[Requirement, ...]] = tables.REQUIREMENTS
-        # the bits of a word that need something, and their bottom: often a set has none of them
-        self.dependents: dict[str, tuple[int, int]] = tables.DEPENDENTS
+        # the same with the bits that need something, and their bottom: often a set has none of them
+        self.closing: dict[str, Closing] = {
+            word: (word, *tables.DEPENDENTS[word], needs) for word, needs in self.requirements.items()
+        }
         # what there is to close when a word changed: the words with a need of it
         self.built_on: dict[str, tuple[str, ...]] = tables.BUILT_ON
+        # of these the words that do not come after it: one pass over all words in their order leaves only them to do
+        self.built_before: dict[str, tuple[str, ...]] = tables.BUILT_BEFORE
         # index of an MSR → the word and the bit that stand for it as state
         self.state_msrs: dict[int, tuple[str, int]] = tables.STATE_MSRS
         # (word, bit, kvm: word, mask of its answer) of the state that a capability tells about

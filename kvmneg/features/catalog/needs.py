@@ -18,7 +18,7 @@ _Need = tuple[str, int, str, int, int]
 
 
 def arranged(needs: list[_Need], bottom_of: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """REQUIREMENTS, DEPENDENTS and BUILT_ON, the words of each in the order of `needs`."""
+    """REQUIREMENTS, DEPENDENTS, BUILT_ON and BUILT_BEFORE, the words of each in the order of `needs`."""
     requirements: dict[str, tuple[tuple[int, int, str, int, int, int], ...]] = {}
     dependents: dict[str, tuple[int, int]] = {}
     built_on: dict[str, dict[str, None]] = {}
@@ -29,7 +29,18 @@ def arranged(needs: list[_Need], bottom_of: dict[str, int]) -> dict[str, dict[st
         dependents[word] = every, every & bottom_of[word]
         built_on.setdefault(base, {})[word] = None
     built = {base: tuple(words) for base, words in built_on.items()}
-    return {"REQUIREMENTS": requirements, "DEPENDENTS": dependents, "BUILT_ON": built}
+    place = {word: number for number, word in enumerate(requirements)}
+    before = {
+        base: tuple(word for word in words if place[word] <= place[base])
+        for base, words in built.items()
+        if base in place
+    }
+    return {
+        "REQUIREMENTS": requirements,
+        "DEPENDENTS": dependents,
+        "BUILT_ON": built,
+        "BUILT_BEFORE": {base: words for base, words in before.items() if words},
+    }
 
 
 def bases_first(names: Iterable[str], bases: Callable[[str], list[str]]) -> list[str]:
