@@ -24,6 +24,7 @@
 #define ENTRIES 128
 #define MSRS 64
 #define STATE_MSRS 256
+#define MCG_CAP 0x179
 #define TSC_KHZ_LIMIT 0x7fffffff
 
 #if !defined(__x86_64__)
@@ -74,6 +75,20 @@ static void tsc(int vcpu, int scales) {
         ioctl(vcpu, KVM_SET_TSC_KHZ, own);
 }
 
+/* What a vCPU keeps of the machine checks that /dev/kvm names. */
+static void mce(int kvm, int vcpu, int banks) {
+        uint64_t supported;
+
+        if (ioctl(kvm, KVM_X86_GET_MCE_CAP_SUPPORTED, &supported) < 0 || banks <= 0)
+                return;
+        supported |= (uint64_t) banks & 0xff;
+        if (ioctl(vcpu, KVM_X86_SETUP_MCE, &supported) < 0)
+                return;
+        msrs.head.nmsrs = 1;
+        msrs.entries[0].index = MCG_CAP;
+        ioctl(vcpu, KVM_GET_MSRS, &msrs);
+}
+
 static void round_once(int kvm, int vm, int vcpu) {
         uint64_t components;
         struct kvm_device_attr attribute = { .attr = 0, .addr = (uint64_t) (uintptr_t) &components };
@@ -104,7 +119,7 @@ static void round_once(int kvm, int vm, int vcpu) {
         state.head.nmsrs = STATE_MSRS;
         if (ioctl(kvm, KVM_GET_MSR_INDEX_LIST, &state) < 0)
                 die("KVM_GET_MSR_INDEX_LIST");
-        ioctl(kvm, KVM_X86_GET_MCE_CAP_SUPPORTED, &components);
+        mce(kvm, vcpu, capabilities[0][KVM_CAP_MCE]);
         tsc(vcpu, capabilities[0][KVM_CAP_TSC_CONTROL] > 0);
 }
 
