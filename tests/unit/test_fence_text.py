@@ -13,6 +13,7 @@ from strategies import AMD, ARCHITECTURE, CATALOG, INTEL, WORDS, feature_sets
 from kvmneg import limits
 from kvmneg.errors import BadInput, Incompatible
 from kvmneg.features.featureset import FeatureSet, meet
+from kvmneg.policy import fence_reader, fence_text
 from kvmneg.policy.fence_text import Fence
 
 if TYPE_CHECKING:
@@ -32,6 +33,23 @@ def test_the_text_round_trips(granted: FeatureSet) -> None:
     again = Fence.parse(fence.text(), generation=3)
     assert again.granted == granted
     assert (again.digest, again.generation, again.text()) == (fence.digest, 3, fence.text())
+
+
+@given(st.lists(ANY, min_size=2, max_size=4), st.data())
+def test_what_was_read_before_changes_nothing(sets: list[FeatureSet], data: st.DataObject) -> None:
+    """Rows of the last text are kept, and lines of the last fence: each is what it is where nothing is."""
+    alone = []
+    for granted in sets:
+        fence_reader._rows.clear()
+        for kept in (fence_text._written[ARCHITECTURE], fence_text._last):
+            kept.clear()
+        text = Fence(granted).text()
+        alone.append((text, Fence.parse(text).granted))
+    for place in data.draw(st.lists(st.integers(0, len(sets) - 1), max_size=8)):
+        text, granted = alone[place]
+        assert Fence(sets[place]).text() == text
+        fence_text._last.clear()
+        assert Fence.parse(text).granted == granted == sets[place]
 
 
 @given(ANY, ANY)
