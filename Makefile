@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 DESTDIR ?=
 PREFIX ?= /usr
+# the Python that runs what `make install` installs; it needs cffi's backend and systemd-python (README)
+RUN_PYTHON ?= /usr/bin/python3
+BUILD ?= build/install
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml meson.build $(shell find kvmneg csrc man completion units -type f ! -name '*.pyc' ! -name '*.so' ! -name '_x86_64*' 2>/dev/null)
 
@@ -38,13 +41,14 @@ bench: setup-test build $(VENV)/.test $(VENV)/.bench  ## every figure with its t
 
 build: $(VENV)/.built
 
+# The installed commands name RUN_PYTHON, not this folder's: a service sees no home, and .venv may go.
 install: setup-install $(VENV)/.install  ## libraries, headers, the Python package, commands, pages, completions, units, below DESTDIR
-	@rm -rf build/install
-	@mkdir -p build
-	@$(BIN)/meson setup --buildtype=release --prefix=$(PREFIX) -Dpython.install_env=prefix \
-	    -Dclient=enabled -Dman=enabled -Dcompletion=enabled build/install >build/install.log 2>&1 \
-	    || { cat build/install.log >&2; exit 1; }
-	@$(BIN)/meson install -C build/install --destdir '$(abspath $(DESTDIR))'
+	@rm -rf '$(BUILD)' && mkdir -p '$(dir $(BUILD))'
+	@packages=$$($(RUN_PYTHON) tools/site_packages.py '$(PREFIX)') && \
+	    PATH="$(abspath $(BIN)):$$PATH" $(BIN)/meson setup --buildtype=release --prefix='$(PREFIX)' --libexecdir=libexec \
+	    -Dinterpreter='$(RUN_PYTHON)' -Dpython.purelibdir="$$packages" -Dpython.platlibdir="$$packages" \
+	    -Dclient=enabled -Dman=enabled -Dcompletion=enabled '$(BUILD)' >$(BUILD).log 2>&1 || { cat $(BUILD).log >&2; exit 1; }
+	@$(BIN)/meson install --quiet -C '$(BUILD)' --destdir '$(abspath $(DESTDIR))'
 
 clean:
 	rm -rf build .venv

@@ -23,7 +23,8 @@ case ${1:-} in
         packages+=(qemu-system-arm qemu-system-x86)
         ;;
     run) ;;
-    install) packages+=(libjson-c-dev scdoc) ;; # libkvmneg-client, the manual pages
+    # libkvmneg-client, the pages; and what the installed commands import
+    install) packages+=(libjson-c-dev scdoc python3-cffi-backend python3-systemd) ;;
     *) echo "usage: $0 run|install|test|hosts" >&2; exit 2 ;;
 esac
 

@@ -4,7 +4,7 @@
 Below ${XDG_CACHE_HOME:-~/.cache}/kvmneg/containers:
 
     SUITE.DIGEST/            Debian with systemd, Python and what kvmnegd needs, made by mmdebstrap
-    project.DIGEST/          what `meson install` puts there, for all suites
+    project.DIGEST/          what `make install` puts there, for all suites
     layer-SUITE.DIGEST/      what lies over a suite's tree: the project, its users, its compiled modules
 
 Nothing is ever changed in a finished one: containers write elsewhere. Each appears by one rename.
@@ -13,12 +13,11 @@ Nothing is ever changed in a finished one: containers write elsewhere. Each appe
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,12 +33,13 @@ SUITES = {
     "sid": 262,
 }  # the oldest systemd that is served, the newest, and between
 PACKAGES = (
-    "systemd", "systemd-sysv", "dbus", "polkitd", "python3", "python3-cffi-backend", "python3-systemd",
-    "python3-pyroute2", "procps",
+    "systemd", "systemd-sysv", "dbus", "polkitd", "python3", "python3-cffi-backend", "python3-systemd", "procps",
 )  # fmt: skip
 _KEPT = 4  # of a kind: containers of another checkout may stand on one
-_SOURCES = ("pyproject.toml", "meson.build", "meson.options", "kvmneg", "csrc", "units", "man", "tools")
-_PYTHON = "/usr/lib/python3/dist-packages"  # of every Debian release
+_SOURCES = (
+    "Makefile", "pyproject.toml", "meson.build", "meson.options", "kvmneg", "csrc", "client", "units", "man",
+    "completion", "tools",
+)  # fmt: skip
 _SECONDS = 900
 
 
@@ -51,58 +51,48 @@ def directory() -> Path:
 
 def tree(suite: str) -> Path:
     """A suite's tree. Raises Unreachable, NoTool, PackageError."""
-    return _made(suite, digest(*PACKAGES), lambda path: _bootstrap(suite, path))
+    return made(suite, digest(*PACKAGES), lambda path: bootstrap(suite, path, PACKAGES))
 
 
 def layer(suite: str) -> Path:
     """What lies over the suite's tree. Raises as `tree` does."""
-    below, sources = tree(suite), _sources()
-    project = _made("project", sources, _install)
-    return _made(f"layer-{suite}", digest(below.name, sources), lambda path: _lay(below, project, path))
+    below, key = tree(suite), sources(*_SOURCES)
+    project = made("project", key, _install)
+    return made(f"layer-{suite}", digest(below.name, key), lambda path: _lay(below, project, path))
 
 
-def _bootstrap(suite: str, path: Path) -> None:
+def bootstrap(suite: str, path: Path, packages: Sequence[str], *options: str) -> None:
+    """Make a tree of a suite, with more of mmdebstrap's options. Raises as `tree` does."""
     archive = find_archive()
     words = [
         "mmdebstrap", "--quiet", "--variant=minbase", "--mode=root", "--format=directory",
-        f"--keyring={archive.keyring}", "--aptopt=APT::Install-Recommends \"false\"", f"--include={','.join(PACKAGES)}",
+        f"--keyring={archive.keyring}", "--aptopt=APT::Install-Recommends \"false\"", f"--include={','.join(packages)}",
+        *options,
     ]  # fmt: skip
     if suite == "sid":  # a mirror a few days behind outlives its Valid-Until; signatures still bind
         words.append('--aptopt=Acquire::Check-Valid-Until "false"')
-    _run([*words, suite, str(path), archive.mirror], f"making a tree of {suite}")
+    run([*words, suite, str(path), archive.mirror], f"making a tree of {suite}")
 
 
-def _sources() -> str:
-    """A digest of everything that is installed, or says what is."""
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *_SOURCES]
-    names = subprocess.run(listed, cwd=TOP, check=True, capture_output=True, text=True).stdout.splitlines()
-    files = [(name, TOP / name) for name in sorted(names)]
+def sources(*names: str) -> str:
+    """A digest of these files and folders of the project, as git has or would have them."""
+    files = [(name, TOP / name) for name in sorted(tracked(*names))]
     return digest(*(part for name, path in files if path.is_file() for part in (name, path.read_bytes())))
 
 
+def tracked(*names: str) -> list[str]:
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *names]
+    return subprocess.run(listed, cwd=TOP, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
 def _install(path: Path) -> None:
-    """`make install`, for Debian's Python instead of this one's."""
+    """`make install` as a user calls it, but with the tools of the Python that runs this."""
+    venv = Path(sys.executable).parents[1]
+    # made by whoever runs this: neither packages nor the venv are changed here
+    ready = [f"--old-file={venv}/{step}" for step in (".run", ".install")]
     with tempfile.TemporaryDirectory() as folder:
-        native = Path(folder, "native.ini")
-        native.write_text("[binaries]\npython = '/usr/bin/python3'\n", "utf-8")
-        meson = [sys.executable, "-P", "-m", "mesonbuild.mesonmain"]
-        where = [f"-Dpython.purelibdir={_PYTHON}", f"-Dpython.platlibdir={_PYTHON}", "-Dclient=disabled"]
-        setup = [
-            "setup",
-            "--prefix=/usr",
-            "--libexecdir=libexec",
-            f"--native-file={native}",
-            *where,
-            f"{folder}/build",
-        ]
-        # what builds the extension is this Python's
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        _run([*meson, *setup], "setting the build up", environment)
-        _run(
-            [*meson, "install", "--quiet", "-C", f"{folder}/build", "--destdir", str(path)],
-            "installing",
-            environment,
-        )
+        where = [f"VENV={venv}", f"BUILD={folder}/build", f"DESTDIR={path}", "PREFIX=/usr"]
+        run(["make", "--old-file=setup-install", *ready, "install", *where], "make install")
 
 
 _LAY = """
@@ -122,14 +112,15 @@ def _lay(below: Path, project: Path, path: Path) -> None:
     shutil.copytree(project, path, symlinks=True, dirs_exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as work, tempfile.TemporaryDirectory() as merged:
         words = ["unshare", "--mount", "--propagation=private", "sh", "-c", _LAY, "sh"]
-        _run([*words, str(below), str(path), work, merged], "laying the project over it")
+        run([*words, str(below), str(path), work, merged], "laying the project over it")
 
 
-def _run(words: list[str], step: str, environment: dict[str, str] | None = None) -> None:
+def run(words: list[str], step: str) -> str:
+    """What a program printed. Raises NoTool, Unreachable, PackageError."""
     try:
         done = subprocess.run(
-            words, cwd=TOP, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=_SECONDS, check=False,
+            words, cwd=TOP, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS,
+            check=False,
         )  # fmt: skip
     except FileNotFoundError:
         raise NoTool(f"{words[0]} is not installed") from None
@@ -137,9 +128,10 @@ def _run(words: list[str], step: str, environment: dict[str, str] | None = None)
         said = done.stdout + done.stderr
         text = f"{step}: {'; '.join(said.splitlines()[-12:])}"
         raise (Unreachable if NO_CONNECTION.search(said) else PackageError)(text)
+    return done.stdout
 
 
-def _made(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+def made(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     """The folder KIND.KEY, made by `make(path)` in a new folder where it is missing."""
     target = directory() / f"{kind}.{key}"
     with _locked(kind):
