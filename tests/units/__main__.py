@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`python -m tests.units [SUITE…]`: make the containers' file systems ready, every suite's if none is named.
+"""`python -m tests.units [SUITE…]`: make the containers' file systems ready; if none is named, of every suite, and the
+Debian packages.
 
 `python -m tests.units shell SUITE` boots one and enters it; it ends with the shell.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from tests.packages.errors import PackageError
 
-from . import trees
+from . import debian, trees
 from .container import Container
 
 
@@ -28,6 +29,8 @@ def main(words: list[str]) -> int:
     try:
         for suite in words or trees.SUITES:
             sys.stdout.write(f"{trees.layer(suite)}\n")
+        if not words:
+            sys.stdout.write(f"{debian.bare()}\n{debian.packages()}\n")
     except PackageError as error:
         sys.stderr.write(f"{error}\n")
         return 1

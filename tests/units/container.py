@@ -68,9 +68,10 @@ class Broken(Exception):
 class Container:
     """One container, booted when made. A context manager. Raises Broken, and what kvmneg's trees raise."""
 
-    def __init__(self, suite: str, folder: Path, *, kvm: bool = True) -> None:
+    def __init__(self, suite: str, folder: Path, *, kvm: bool = True, lower: str = "") -> None:
+        """`lower`: the folders that it sees, the upper one first; without any the project in its suite's tree."""
         self.suite = suite
-        lower = f"{trees.layer(suite)}:{trees.tree(suite)}"
+        lower = lower or f"{trees.layer(suite)}:{trees.tree(suite)}"
         empty = folder / "container"
         empty.mkdir()
         self._console = folder / "console"
