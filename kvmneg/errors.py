@@ -170,7 +170,10 @@ class SlowWatcher(KvmnegError):
 
 
 class NotPermitted(KvmnegError):
-    """The caller may not do this. `action` is polkit's that would permit it, "" for none; no client is told it."""
+    """The caller may not do this. `action` is polkit's that would permit it, "" for none; no client is told it.
+
+    Nor is it told `why` polkit did not permit it, which is for the journal.
+    """
 
     exit_code = 6
     varlink = "org.kvmneg.NotPermitted"
@@ -178,6 +181,7 @@ class NotPermitted(KvmnegError):
     def __init__(self, message: str, *, hint: str = "", action: str = "", **fields: Any) -> None:
         super().__init__(message, hint=hint, **fields)
         self.action = action
+        self.why = ""
 
 
 class KvmFault(KvmnegError):

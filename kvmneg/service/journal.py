@@ -72,7 +72,7 @@ EVENTS: dict[str, tuple[str, int, tuple[str, ...], bool]] = {
         ("PROCESS_PID", "PROCESS_UID", "PROCESS", "VM", "VM_NAME"),
         True,
     ),
-    "peer-refused": ("9ee40da0ae4549bc96476c0be3e64c89", WARNING, ("METHOD", "UID", "PID"), True),
+    "peer-refused": ("9ee40da0ae4549bc96476c0be3e64c89", WARNING, ("METHOD", "UID", "PID", "REASON"), True),
     "limit-hit": (
         "b9d726de99174b35a5a1052f788beb3d",
         WARNING,

@@ -103,8 +103,10 @@ def unmeasured(reason: KvmnegError, text: str) -> None:
 def refused(method: str, peer: Peer, error: KvmnegError, generation: int, *, dry_run: bool = False) -> None:
     """A call was refused. Told where an operator cares: an administrator's act, a limit, a change of the fence."""
     if isinstance(error, NotPermitted):
-        text = f"{method} was refused to uid {peer.uid} (pid {peer.pid}): {error.message}"
-        journal.event("peer-refused", text, method=method, uid=peer.uid, pid=peer.pid)
+        because = f" ({error.why})" if error.why else ""
+        text = f"{method} was refused to uid {peer.uid} (pid {peer.pid}): {error.message}{because}"
+        why = error.why or error.message
+        journal.event("peer-refused", text, method=method, uid=peer.uid, pid=peer.pid, reason=why)
     elif isinstance(error, LimitExceeded):
         limit(error, peer, method)
     elif method in _CHANGES and not dry_run and not isinstance(error, StoreError):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A stand-in for polkit on a private bus: the real one needs the system's. It answers as a file says, and keeps a log.
 
-fake_polkit.py RULES LOG: RULES is JSON, action → "yes", "no", "never" (no answer at all); read for each question.
+fake_polkit.py RULES LOG: RULES is JSON, action → "yes", "no", "password" (one is needed), "never" (no answer at
+all); read for each question.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def asked(rules: Path, log: Path, call: sd_bus.SdBusMessage) -> None:
     answer = json.loads(rules.read_text()).get(action, "no")
     if answer != "never":
         reply = call.create_reply()
-        reply.append_data("(bba{ss})", (answer == "yes", False, {}))
+        reply.append_data("(bba{ss})", (answer == "yes", answer == "password", {}))
         reply.send()
 
 

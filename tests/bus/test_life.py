@@ -143,6 +143,10 @@ def test_calls_that_wait_are_bounded(served: Served) -> None:
     assert sum(answered) == of_user
     assert max(answered) <= most
     assert {name for some in found for name in some} == {"answered", "LimitExceeded"}
+    who = f"uid {os.geteuid()} (pid {os.getpid()}) was refused: limit "
+    for limit in ("BUS_CALLS_PER_CALLER", "BUS_CALLS_PER_UID"):  # once for each caller that went over it
+        until(lambda limit=limit: f"{who}{limit} exceeded" in served.errors.read_text())
+        assert served.errors.read_text().count(f"limit {limit} exceeded") <= 3
     assert Wire().call(FENCE, "Get")[0] is False
 
 
@@ -183,8 +187,15 @@ def test_others_are_served_during_a_flood_of_calls(served: Served) -> None:
                 except Refused as no:  # the user's calls are bounded, whoever of its programs makes them
                     assert no.name == "org.kvmneg1.Error.LimitExceeded"
             assert flood.poll() is None
+            until(
+                lambda: (
+                    f"(pid {flood.pid}) was refused: limit BUS_CALLS_PER_CALLER" in served.errors.read_text()
+                )
+            )
         finally:
             flood.kill()
+    told = served.errors.read_text().count("was refused: limit BUS_CALLS_PER_CALLER")
+    assert told <= limits.EVENT_BURST  # of some ten thousand
 
 
 def test_callers_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +266,8 @@ def test_calls_of_all_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         made = [Call(f":1.{number}") for number in range(6)]
         for one in made:
             service._called("org.kvmneg.Fence", "Get", one)  # type: ignore[arg-type]
-        for task in service._tasks:
+        assert [limit for _, limit in service._over] == ["BUS_CALLS"] * 2
+        for task in (*service._tasks, *service._over.values()):
             task.cancel()
         return [one.told for one in made]
 

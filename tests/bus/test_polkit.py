@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from kvmneg import limits
 from kvmneg.errors import LimitExceeded, NotPermitted
 from kvmneg.host.guests import process
 from tests.bus import surface
-from tests.bus.conftest import NO_ADMINS, Polkit, Refused, Served, Wire, refusal, until
+from tests.bus.conftest import NO_ADMINS, TIMEOUT, Polkit, Refused, Served, Wire, refusal, until
 from tests.daemon.test_daemon import as_user
 
 if TYPE_CHECKING:
@@ -177,6 +178,60 @@ def test_a_refusal_is_told_once_and_a_permission_is_none(judged: Served, polkit:
         assert told() == 2
 
 
+SOON = f"{NO_ADMINS}\nfrom kvmneg import limits\nlimits.POLKIT_SECONDS = 0.3"
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("no", "polkit did not permit it"),
+        ("password", "polkit would ask for a password, and the caller did not allow that"),
+        ("never", "polkit did not answer in time"),
+        ("", "polkit cannot be asked: "),
+    ],
+)
+@pytest.mark.parametrize("by", ["varlink", "D-Bus"])
+def test_a_refusal_is_told_with_its_reason(
+    make_served: Callable[..., Served], request: pytest.FixtureRequest, answer: str, why: str, by: str
+) -> None:
+    """Once, when it stands; "": there is no polkit."""
+    if answer:
+        request.getfixturevalue("polkit").say(pin=answer)
+    served = make_served(SOON)
+    if by == "varlink":
+        with served.client() as client, pytest.raises(NotPermitted):
+            client.call("org.kvmneg.Fence.Pin", PIN)
+    else:
+        with pytest.raises(Refused):
+            Wire().call(FENCE, "Pin", *REASON, HOST)
+    (line,) = (line for line in served.errors.read_text().splitlines() if "may not pin a fence" in line)
+    assert f"(pid {os.getpid()}): uid {os.geteuid()} may not pin a fence ({why}" in line
+
+
+def test_a_refusal_without_a_bus_is_told_with_its_reason(
+    bus: Any, make_served: Callable[..., Served]
+) -> None:
+    bus.end()
+    served = make_served(NO_ADMINS, wait=False)
+    with served.client() as client, pytest.raises(NotPermitted):
+        client.call("org.kvmneg.Fence.Pin", PIN)
+    assert (
+        served.errors.read_text().count("may not pin a fence (there is no bus, so polkit was not asked)") == 1
+    )
+
+
+def test_a_question_that_the_child_takes_with_it_is_told(judged: Served, polkit: Polkit) -> None:
+    polkit.say(pin="never")
+    with judged.client() as waiting:
+        waiting._send("org.kvmneg.Fence.Pin", PIN, more=False)
+        until(polkit.asked)
+        os.kill(judged.children()[0], signal.SIGKILL)
+        with pytest.raises(NotPermitted):
+            waiting._reply(TIMEOUT)
+    told = until(lambda: [one for one in judged.errors.read_text().splitlines() if "may not pin" in one])
+    assert len(told) == 1 and told[0].endswith("(what asks it ended while polkit was asked)")
+
+
 MEASURING = f"""{NO_ADMINS}
 from kvmneg.service.interfaces import router
 from kvmneg.service.level import moves
@@ -279,6 +334,7 @@ def test_questions_of_one_caller_of_the_bus_are_bounded(judged: Served, polkit: 
     found = asyncio.run(ask())
     assert (found.name, "POLKIT_QUESTIONS_PER_UID" in found.text) == ("org.kvmneg1.Error.LimitExceeded", True)
     until(lambda: len(polkit.asked()) == most)
+    until(lambda: "was refused: limit POLKIT_QUESTIONS_PER_UID exceeded" in judged.errors.read_text())
 
 
 def test_without_polkit_the_answer_is_no(make_served: Callable[..., Served]) -> None:
@@ -288,7 +344,7 @@ def test_without_polkit_the_answer_is_no(make_served: Callable[..., Served]) -> 
     with pytest.raises(Refused) as caught:
         Wire().call(FENCE, "Pin", *REASON, HOST)
     assert caught.value.name == "org.kvmneg1.Error.NotPermitted"
-    assert served.errors.read_text().count("polkit cannot be asked: ") == 1
+    assert served.errors.read_text().count("kvmnegd: polkit cannot be asked: ") == 1
 
 
 def test_a_oneway_call_is_not_worth_a_question(judged: Served, polkit: Polkit) -> None:

@@ -104,7 +104,15 @@ def test_a_user_who_may_not(node: Node, told: Told) -> None:
     peer = cast("Any", SimpleNamespace(uid=1000, pid=7, groups=frozenset(), permitted=()))
     assert isinstance(call(node, peer, "Fence.Pin", reason="r", **{"from": "host"}), NotPermitted)
     assert [(name, fields) for name, _, fields in told] == [
-        ("peer-refused", {"method": "org.kvmneg.Fence.Pin", "uid": 1000, "pid": 7})
+        (
+            "peer-refused",
+            {
+                "method": "org.kvmneg.Fence.Pin",
+                "uid": 1000,
+                "pid": 7,
+                "reason": "D-Bus is off, so polkit was not asked",
+            },
+        )
     ]
 
 

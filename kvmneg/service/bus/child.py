@@ -46,7 +46,7 @@ _INTERNAL = {"message": "an internal error of kvmnegd", "hint": "its log has mor
 class Caller:
     """Who called by D-Bus, as the bus says it; stands where a handler has a connection, and `peer` in it."""
 
-    __slots__ = ("final", "groups", "permitted", "pid", "raw", "uid")
+    __slots__ = ("final", "groups", "permitted", "pid", "raw", "uid", "why")
 
     def __init__(self, credentials: dict[str, Any], raw: bytes) -> None:
         self.uid: int = credentials["uid"]
@@ -54,6 +54,7 @@ class Caller:
         self.groups = frozenset[int](credentials["groups"])
         self.permitted = tuple[str, ...](credentials["permitted"])
         self.final: bool = credentials["final"]  # polkit has been asked
+        self.why: str = credentials["why"]  # and why it did not permit it
         self.raw = raw  # the call, for the replies that are kept
 
     @property
@@ -67,7 +68,7 @@ class Question:
     __slots__ = ("action", "again", "connection", "number", "timer")
 
     def __init__(
-        self, number: int, connection: Connection, action: str, again: Callable[[bool], bytes], timer: Timer
+        self, number: int, connection: Connection, action: str, again: Callable[[str], bytes], timer: Timer
     ) -> None:
         self.number, self.connection, self.timer = number, connection, timer
         self.action, self.again = action, again
@@ -156,8 +157,10 @@ class Bus:
             if connection is not None:
                 server.close_connection(connection)
         self._calls = self._listener = None
+        from kvmneg.service.bus import verdicts  # when there is a no
+
         for question in list(self._questions.values()):
-            self._answered(question.number, False)
+            self._answered(question.number, verdicts.GONE)
         if server.clock() - self._started >= _STEADY_SECONDS:
             self._retry, self._told = _RETRY_SECONDS, False
         known = {
@@ -194,7 +197,9 @@ class Bus:
         elif method.endswith(".Call"):
             self._relay(given["id"], self._answer(given))
         elif method.endswith(".Answer"):
-            self._answered(given["id"], given["allowed"])
+            self._answered(given["id"], given["why"])
+        elif method.endswith(".Limit"):
+            self._tell_limit(given)
         elif method.endswith(".Serving"):
             self._told, self._retry = False, _RETRY_SECONDS
         return None
@@ -217,6 +222,15 @@ class Bus:
             return error_reply(KvmnegError.varlink, _INTERNAL)
         return answer or message.reply({})
 
+    def _tell_limit(self, given: dict[str, Any]) -> None:
+        """A caller of the bus went over a limit that the child keeps."""
+        from kvmneg.service import telling  # rarely
+
+        name = given["limit"]
+        caller = {"groups": (), "permitted": (), "final": True, "why": "", **given}
+        error = LimitExceeded(name, getattr(limits, name))
+        telling.limit(error, Caller(caller, b""), given["method"])  # type: ignore[arg-type]
+
     def _relay(self, number: int, answer: bytes) -> None:
         """An answer whose bytes may be kept ones: wrapped, not read."""
         if self._server is not None and self._listener is not None and self._listener.busy:
@@ -231,18 +245,25 @@ class Bus:
         return asks and isinstance(connection, Caller) and not connection.final
 
     def ask(
-        self, connection: Connection, no: NotPermitted, interactive: bool, again: Callable[[bool], bytes]
+        self, connection: Connection, no: NotPermitted, interactive: bool, again: Callable[[str], bytes]
     ) -> None:
-        """Have the call wait for polkit, and answer it then by what `again` gives, told whether it is permitted.
+        """Have the call wait for polkit, and answer it then by what `again` gives, told why not ("": permitted).
 
         Raises `no` where nobody can be asked, LimitExceeded.
         """
+        from kvmneg.service.bus import verdicts  # when there may be a no
+
         server = self._server
-        if server is None or isinstance(connection, Caller) or not (self._listener and self._listener.busy):
+        if isinstance(connection, Caller):
+            no.why = connection.why
+            raise no
+        if server is None or not (self._listener and self._listener.busy):
+            no.why = verdicts.NO_BUS
             raise no
         peer = connection.peer
         started = _started(peer)
         if started is None:
+            no.why = verdicts.ENDED
             raise no
         if len(self._questions) >= limits.POLKIT_QUESTIONS:
             raise LimitExceeded("POLKIT_QUESTIONS", limits.POLKIT_QUESTIONS)
@@ -252,28 +273,28 @@ class Bus:
             raise LimitExceeded("POLKIT_QUESTIONS_PER_UID", limits.POLKIT_QUESTIONS_PER_UID)
         self._number += 1
         number = self._number
-        timer = server.after(limits.POLKIT_SECONDS, lambda: self._answered(number, False))
+        timer = server.after(limits.POLKIT_SECONDS, lambda: self._answered(number, verdicts.LATE))
         self._questions[number] = Question(number, connection, no.action, again, timer)
         connection.wait(lambda _: self._forget(number))
         subject = {"pid": peer.pid, "started": started, "uid": peer.uid}
         self._push({"ask": number, "action": no.action, "interactive": interactive, **subject})
 
-    def _answered(self, number: int, allowed: bool) -> None:
+    def _answered(self, number: int, why: str) -> None:
         question = self._questions.pop(number, None)
         if question is None or self._server is None:
             return  # whoever asked has gone
         self._server.cancel(question.timer)
-        self._carry_out(question, allowed)
+        self._carry_out(question, why)
 
-    def _carry_out(self, question: Question, allowed: bool) -> None:
+    def _carry_out(self, question: Question, why: str) -> None:
         server, peer = self._server, question.connection.peer
         if server is None or question.connection.closed:
             return
-        peer.permitted = (question.action,) if allowed else ()
+        peer.permitted = () if why else (question.action,)
         try:
-            reply = question.again(allowed)
+            reply = question.again(why)
         except Later:  # this host is measured again: the permission is not asked for anew
-            server.after(_MEASURED_SECONDS, lambda: self._carry_out(question, allowed))
+            server.after(_MEASURED_SECONDS, lambda: self._carry_out(question, why))
             return
         except Exception as error:
             fault = error

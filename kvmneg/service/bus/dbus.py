@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _BUS = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
 _REFUSED_PER_TURN = 16
+_TOLD_SECONDS = 1.0  # a caller's going over one limit is told once in that time
+_TOLD_AT_ONCE = 16  # callers and limits, in that time
 
 
 class Enough(Exception):
@@ -53,6 +55,7 @@ class Service:
         self._calls: dict[str, int] = {}  # that wait, by caller
         self._uids: dict[int, int] = {}  # and by user
         self._refused = 0
+        self._over: dict[tuple[str, str], asyncio.Task[None]] = {}  # who went over which limit, told just now
         self._tasks: set[asyncio.Task[None]] = set()
         self._credentials: dict[str, dict[str, Any]] = {}
         self._questions: dict[int, asyncio.Task[None]] = {}  # of varlink's peers
@@ -91,9 +94,11 @@ class Service:
         sender = call.sender or ""
         waiting = self._calls.get(sender, 0)
         if waiting >= limits.BUS_CALLS_PER_CALLER:
-            self._refuse(call, LimitExceeded("BUS_CALLS_PER_CALLER", limits.BUS_CALLS_PER_CALLER))
+            over = LimitExceeded("BUS_CALLS_PER_CALLER", limits.BUS_CALLS_PER_CALLER)
+            self._refuse(call, self._over_limit(over, sender, f"{interface}.{method}"))
         elif len(self._tasks) >= limits.BUS_CALLS:
-            self._refuse(call, LimitExceeded("BUS_CALLS", limits.BUS_CALLS))
+            over = LimitExceeded("BUS_CALLS", limits.BUS_CALLS)
+            self._refuse(call, self._over_limit(over, sender, f"{interface}.{method}"))
         else:
             self._calls[sender] = waiting + 1
             task = asyncio.get_running_loop().create_task(self._serve(interface, method, sender, call))
@@ -110,6 +115,23 @@ class Service:
             self._bus.process
         )  # what it has read already, epoll does not tell
         raise Enough  # the caller gets its D-Bus name, without a text
+
+    def _over_limit(self, error: LimitExceeded, sender: str, method: str) -> LimitExceeded:
+        """Have the daemon told of it, which only sees the calls that are let through."""
+        key = sender, error.fields["limit"]
+        if key not in self._over and len(self._over) < _TOLD_AT_ONCE:
+            self._over[key] = asyncio.get_running_loop().create_task(self._tell_limit(error, sender, method))
+            self._over[key].add_done_callback(lambda _: self._over.pop(key))
+        return error
+
+    async def _tell_limit(self, error: LimitExceeded, sender: str, method: str) -> None:
+        try:
+            caller = await self._caller(sender)
+        except Refused:
+            return  # it has gone: whose fault it was cannot be told
+        told = {"limit": error.fields["limit"], "uid": caller["uid"], "pid": caller["pid"], "method": method}
+        self._daemon.tell("Limit", told)
+        await asyncio.sleep(_TOLD_SECONDS)
 
     async def _serve(self, interface: str, method: str, sender: str, call: sd_bus.SdBusMessage) -> None:
         try:
@@ -143,20 +165,25 @@ class Service:
         caller = await self._caller(sender)
         uid = caller["uid"]
         if self._uids.get(uid, 0) >= limits.BUS_CALLS_PER_UID:
-            raise refusal(LimitExceeded("BUS_CALLS_PER_UID", limits.BUS_CALLS_PER_UID))
+            over = LimitExceeded("BUS_CALLS_PER_UID", limits.BUS_CALLS_PER_UID)
+            raise refusal(self._over_limit(over, sender, method))
         self._uids[uid] = self._uids.get(uid, 0) + 1
         try:
             call = {
                 "method": method,
                 "parameters": given,
-                "caller": {**caller, "permitted": [], "final": False},
+                "caller": {**caller, "permitted": [], "final": False, "why": ""},
             }
             answer = await self._daemon.call(call)
             action = answer.get("parameters", {}).pop("action", "") if answer.get("error") else ""
             interactive = given.get("allowInteractiveAuthentication") is True
             if action:  # the daemon has the last word, whichever it is
-                permitted = await self._permitted(sender, uid, action, interactive)
-                call["caller"] = {**caller, "permitted": [action] if permitted else [], "final": True}
+                try:
+                    why = await self._refusal(sender, uid, action, interactive)
+                except LimitExceeded as error:
+                    raise refusal(self._over_limit(error, sender, method)) from None
+                permitted = [] if why else [action]
+                call["caller"] = {**caller, "permitted": permitted, "final": True, "why": why}
                 answer = await self._daemon.call(call)
         finally:
             self._uids[uid] -= 1
@@ -167,13 +194,9 @@ class Service:
             raise told(answer["error"], parameters)
         return parameters
 
-    async def _permitted(self, sender: str, uid: int, action: str, interactive: bool) -> bool:
-        try:
-            return await self._polkit.permits(
-                ("system-bus-name", {"name": ("s", sender)}), uid, action, interactive
-            )
-        except LimitExceeded as error:
-            raise refusal(error) from None
+    async def _refusal(self, sender: str, uid: int, action: str, interactive: bool) -> str:
+        subject = "system-bus-name", {"name": ("s", sender)}
+        return await self._polkit.permits(subject, uid, action, interactive)
 
     async def _caller(self, sender: str) -> dict[str, Any]:
         """Who is behind a name of the bus; it never becomes another's. Raises Refused where it has gone."""
@@ -244,12 +267,12 @@ class Service:
             "uid": ("i", asked["uid"]),
         }
         try:
-            allowed = await self._polkit.permits(
+            why = await self._polkit.permits(
                 ("unix-process", subject), asked["uid"], asked["action"], asked["interactive"]
             )
-        except LimitExceeded:
-            allowed = False
-        self._daemon.tell("Answer", {"id": number, "allowed": allowed})
+        except LimitExceeded as error:
+            why = f"polkit was not asked: {error.message}"
+        self._daemon.tell("Answer", {"id": number, "why": why})
 
 
 class Loop(asyncio.SelectorEventLoop):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether polkit permits an action to somebody: org.freedesktop.PolicyKit1.Authority on the same bus.
 
-Whatever is not a yes is a no: no polkit, an action it does not know, an answer that does not come.
+Whatever is not a yes is a no: no polkit, an action it does not know, an answer that does not come. A no is the reason
+for it, in words for the journal; a yes is "".
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 
 from kvmneg import limits
 from kvmneg.errors import LimitExceeded
+from kvmneg.service.bus.verdicts import DENIED, LATE, NEEDS_PERSON
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ _AUTHORITY = (
     "org.freedesktop.PolicyKit1", "/org/freedesktop/PolicyKit1/Authority", "org.freedesktop.PolicyKit1.Authority",
 )  # fmt: skip
 _ALLOW_USER_INTERACTION = 1  # CheckAuthorizationFlags
+_LATER_SECONDS = 10
 
 
 class Polkit:
@@ -33,12 +36,11 @@ class Polkit:
         self._open: dict[int, int] = {}  # by user
         self._number = 0
         self._told = False  # that it cannot be asked
-        bus.method_call_timeout_usec = int(1e6 * limits.POLKIT_SECONDS)
 
     async def permits(
         self, subject: tuple[str, dict[str, tuple[str, Any]]], uid: int, action: str, interactive: bool
-    ) -> bool:
-        """Whether the subject may do it. With `interactive` a person may be asked for a password, which takes long.
+    ) -> str:
+        """Why the subject may not do it, "" where it may. With `interactive` a person may be asked, which takes long.
 
         Raises LimitExceeded.
         """
@@ -57,24 +59,29 @@ class Polkit:
             if not self._open[uid]:
                 del self._open[uid]
 
-    async def _ask(self, subject: tuple[str, Any], action: str, interactive: bool, number: str) -> bool:
+    async def _ask(self, subject: tuple[str, Any], action: str, interactive: bool, number: str) -> str:
+        # sd-bus's own end of waiting comes after ours, which takes the question back
+        self._bus.method_call_timeout_usec = int(1e6 * (limits.POLKIT_SECONDS + _LATER_SECONDS))
         ask = self._bus.new_method_call_message(*_AUTHORITY, "CheckAuthorization")
         flags = _ALLOW_USER_INTERACTION if interactive else 0
         ask.append_data("(sa{sv})sa{ss}us", subject, action, {}, flags, number)
         try:
             answer = await asyncio.wait_for(self._bus.call_async(ask), limits.POLKIT_SECONDS)
-            authorized: bool = answer.get_contents()[0]  # type: ignore[assignment]
-            return authorized is True
+            authorized, challenge, _ = answer.get_contents()
+            if authorized is True:
+                return ""
+            return NEEDS_PERSON if challenge is True and not interactive else DENIED
         except (TimeoutError, asyncio.CancelledError) as error:
             self._take_back(number)
             if isinstance(error, TimeoutError):
-                return False
+                return LATE
             raise
         except Exception as error:  # sdbus has one of its own for each of D-Bus's errors
+            why = f"polkit cannot be asked: {' '.join(map(str, error.args))}"
             if not self._told:  # an admin who wrote a rule would look for its fault
                 self._told = True
-                sys.stderr.write(f"kvmnegd: polkit cannot be asked: {' '.join(map(str, error.args))}\n")
-            return False
+                sys.stderr.write(f"kvmnegd: {why}\n")
+            return why
 
     def _take_back(self, number: str) -> None:
         """Nobody waits for it any more: let the agent put its question away."""

@@ -126,12 +126,18 @@ class Router(Dispatch):
         try:
             answer, digest = self._answer(method, connection, checked)
         except NotPermitted as no:
-            if self.bus is None or not no.action or oneway:
+            if not no.action:
+                raise
+            if self.bus is None or oneway:
+                from kvmneg.service.bus import verdicts  # of a no
+
+                no.why = verdicts.OFF if self.bus is None else verdicts.ONEWAY
                 raise
             refusal = no
 
-            def judged(permitted: bool) -> bytes:
-                if not permitted:
+            def judged(why: str) -> bytes:
+                if why:
+                    refusal.why = why
                     raise refusal
                 return self._answer(method, connection, checked)[0]
 
@@ -148,11 +154,11 @@ class Router(Dispatch):
         connection: Connection,
         method: str,
         given: dict[str, Any],
-        answer: Callable[[bool], bytes],
-        permitted: bool,
+        answer: Callable[[str], bytes],
+        why: str,
     ) -> bytes:
         """The answer to a call that polkit was asked about."""
-        return self._telling(connection, method, given, partial(answer, permitted))
+        return self._telling(connection, method, given, partial(answer, why))
 
     def _answer(self, method: str, connection: Connection, checked: dict[str, Any]) -> tuple[bytes, str]:
         """The reply, and the digest of the contract it offers, "" for none."""
