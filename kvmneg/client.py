@@ -47,10 +47,20 @@ class Client(FenceCalls, GuestCalls, RollbackCalls):
     After a failure of the connection (Unreachable) the next call makes a new one; no call is ever sent twice.
     """
 
-    def __init__(self, path: str = DEFAULT_SOCKET, *, timeout: float | None = DEFAULT_TIMEOUT) -> None:
-        """`timeout` is in seconds for each reply; None waits for ever."""
+    def __init__(
+        self,
+        path: str = DEFAULT_SOCKET,
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        interactive: bool = False,
+    ) -> None:
+        """`timeout` is in seconds for each reply; None waits for ever.
+
+        With `interactive` polkit may ask a person whether calls are permitted that need an admin, which takes longer.
+        """
         self.path = path
         self.timeout = timeout
+        self.interactive = interactive
         self._socket: socket.socket | None = None
         self._received = bytearray()
 
@@ -133,8 +143,15 @@ class Client(FenceCalls, GuestCalls, RollbackCalls):
 
     def call(self, method: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Call a method that replies once. Raises what the daemon refuses with, Unreachable, NotPermitted."""
+        timeout = self.timeout
+        if self.interactive:
+            from kvmneg.client_permission import FIELD, METHODS  # rarely
+
+            if method in METHODS:
+                parameters = {FIELD: True, **(parameters or {})}
+                timeout = None if timeout is None else timeout + limits.POLKIT_SECONDS
         self._send(method, parameters, more=False)
-        reply, continues = self._reply(self.timeout)
+        reply, continues = self._reply(timeout)
         if continues:
             raise self._lost("it replies more than once to a call that did not ask for it")
         return reply

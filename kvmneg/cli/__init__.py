@@ -48,7 +48,7 @@ COMMANDS = {
     "import": ("importing", "turn another tool's output into a report"),
 }
 # Options that may stand before the command too; those with True take a value.
-_GLOBAL = {"--socket": True, "--json": False}
+_GLOBAL = {"--socket": True, "--json": False, "--no-ask-password": False}
 
 
 def command_module(command: str) -> ModuleType:
@@ -125,7 +125,7 @@ def _print_help() -> None:
     from kvmneg.cli.output import Screen
 
     screen = Screen()
-    screen.paragraph("usage: kvmneg [--socket PATH] [--json] COMMAND …")
+    screen.paragraph("usage: kvmneg [--socket PATH] [--json] [--no-ask-password] COMMAND …")
     screen.line()
     screen.paragraph("Negotiate which CPU and KVM features a guest may see, so that it can still move.")
     screen.line()

@@ -50,6 +50,9 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--socket", metavar="PATH", type=file_name, default=SOCKET, help=f"the daemon's socket ({SOCKET})"
         )
+        self.add_argument(
+            "--no-ask-password", dest="ask_password", action="store_false", help="have polkit ask nobody"
+        )
 
     def print_help(self, file: object = None) -> None:
         from kvmneg.cli.output import Screen
@@ -74,6 +77,20 @@ def parser_of(command: str) -> Parser:
     if hasattr(module, "run"):
         parser.set_defaults(run=module.run)
     return parser
+
+
+def common_again(verb: argparse.ArgumentParser) -> None:
+    """The options that every command has, after its verb too. Given before that they hold: there is no default."""
+    absent = argparse.SUPPRESS
+    verb.add_argument("--json", action="store_true", default=absent, help="print JSON")
+    verb.add_argument("--socket", metavar="PATH", type=file_name, default=absent, help="the daemon's socket")
+    verb.add_argument(
+        "--no-ask-password",
+        dest="ask_password",
+        action="store_false",
+        default=absent,
+        help="have polkit ask nobody",
+    )
 
 
 def utf8(text: str) -> str:

@@ -32,19 +32,13 @@ _VERBS = {
 
 def options(parser: Parser) -> None:
     """One parser a verb; each has the options of every command too."""
-    from argparse import SUPPRESS
-
-    from kvmneg.cli.arguments import file_name
+    from kvmneg.cli.arguments import common_again
 
     functions = {"show": _show, "pin": _pin, "unpin": _unpin, "restore": _restore, "history": _history}
     verbs = parser.add_subparsers(metavar="|".join(_VERBS), required=True)
     for name, what in _VERBS.items():
         verb = verbs.add_parser(name, help=what, description=what, prog=f"kvmneg fence {name}")
-        # given before the verb they hold too: a default here would overwrite them
-        verb.add_argument("--json", action="store_true", default=SUPPRESS, help="print JSON")
-        verb.add_argument(
-            "--socket", metavar="PATH", type=file_name, default=SUPPRESS, help="the daemon's socket"
-        )
+        common_again(verb)
         verb.set_defaults(run=functions.get(name, _level), verb=name)
         _options_of(name, verb)
 

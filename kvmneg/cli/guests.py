@@ -18,9 +18,7 @@ _SHOWN_DIGEST = len("sha256:") + 12
 
 def options(parser: Parser) -> None:
     """Without a verb: list."""
-    from argparse import SUPPRESS
-
-    from kvmneg.cli.arguments import file_name, number, utf8
+    from kvmneg.cli.arguments import common_again, file_name, number, utf8
 
     parser.set_defaults(run=_list)
     verbs = parser.add_subparsers(metavar="list|import|waive")
@@ -30,10 +28,7 @@ def options(parser: Parser) -> None:
         ("waive", _waive, "an unknown guest does not block any more"),
     ):
         verb = verbs.add_parser(name, help=what, description=what, prog=f"kvmneg guests {name}")
-        verb.add_argument("--json", action="store_true", default=SUPPRESS, help="print JSON")
-        verb.add_argument(
-            "--socket", metavar="PATH", type=file_name, default=SUPPRESS, help="the daemon's socket"
-        )
+        common_again(verb)
         verb.set_defaults(run=function)
         if name == "list":
             continue

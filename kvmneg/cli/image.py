@@ -20,9 +20,7 @@ SUFFIX = ".kvmneg"
 
 def options(parser: Parser) -> None:
     """One parser a verb; each has the options of every command too."""
-    from argparse import SUPPRESS
-
-    from kvmneg.cli.arguments import file_name, utf8
+    from kvmneg.cli.arguments import common_again, file_name, utf8
 
     verbs = parser.add_subparsers(metavar="tag|check", required=True)
     for name, function, what in (
@@ -30,10 +28,7 @@ def options(parser: Parser) -> None:
         ("check", _check, "may the guest in an image be restored on this host?"),
     ):
         verb = verbs.add_parser(name, help=what, description=what, prog=f"kvmneg image {name}")
-        verb.add_argument("--json", action="store_true", default=SUPPRESS, help="print JSON")
-        verb.add_argument(
-            "--socket", metavar="PATH", type=file_name, default=SUPPRESS, help="the daemon's socket"
-        )
+        common_again(verb)
         verb.set_defaults(run=function)
         verb.add_argument("file", metavar="FILE", type=file_name, help="the image")
         if name == "tag":

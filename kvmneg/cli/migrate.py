@@ -20,17 +20,12 @@ if TYPE_CHECKING:
 
 def options(parser: Parser) -> None:
     """One verb for now; it has the options of every command too."""
-    from argparse import SUPPRESS
-
-    from kvmneg.cli.arguments import file_name, utf8
+    from kvmneg.cli.arguments import common_again, file_name, utf8
 
     verbs = parser.add_subparsers(metavar="check", required=True)
     what = "whether another host accepts a guest, and whether the guest stands above its level"
     verb = verbs.add_parser("check", help=what, description=what, prog="kvmneg migrate check")
-    verb.add_argument("--json", action="store_true", default=SUPPRESS, help="print JSON")
-    verb.add_argument(
-        "--socket", metavar="PATH", type=file_name, default=SUPPRESS, help="the daemon's socket"
-    )
+    common_again(verb)
     verb.add_argument(
         "guest",
         metavar="GUEST",

@@ -23,9 +23,7 @@ COMBO = "COMBO"
 
 def options(parser: Parser) -> None:
     """One parser a verb; each has the options of every command too."""
-    from argparse import SUPPRESS
-
-    from kvmneg.cli.arguments import file_name, utf8
+    from kvmneg.cli.arguments import common_again, utf8
 
     verbs = parser.add_subparsers(metavar="check|add|remove|list", required=True)
     for name, function, what in (
@@ -35,11 +33,7 @@ def options(parser: Parser) -> None:
         ("list", _list, "the roll-back set, and how each combo of it stands now"),
     ):
         verb = verbs.add_parser(name, help=what, description=what, prog=f"kvmneg rollback {name}")
-        # given before the verb they hold too: a default here would overwrite them
-        verb.add_argument("--json", action="store_true", default=SUPPRESS, help="print JSON")
-        verb.add_argument(
-            "--socket", metavar="PATH", type=file_name, default=SUPPRESS, help="the daemon's socket"
-        )
+        common_again(verb)
         verb.set_defaults(run=function)
         if name == "check":
             _check_options(verb)

@@ -51,8 +51,19 @@ def call(arguments: argparse.Namespace, method: str, **parameters: Any) -> dict[
 
     given = {key: value for key, value in parameters.items() if value is not None}
     with Client(arguments.socket) as client:
+        if _may_ask(arguments):
+            from kvmneg.cli import permission  # somebody is there to be asked
+
+            return permission.call(client, method, given)
         found: dict[str, Any] = client.call(method, given)
         return found
+
+
+def _may_ask(arguments: argparse.Namespace) -> bool:
+    """Whether polkit may ask a person: one at a terminal, who is not root, and did not say that it may not."""
+    import os
+
+    return getattr(arguments, "ask_password", False) and os.geteuid() != 0 and os.isatty(0)
 
 
 def daemon_report(arguments: argparse.Namespace) -> Report:

@@ -17,18 +17,12 @@ if TYPE_CHECKING:
 
 def options(parser: Parser) -> None:
     """One parser a verb; each has the options of every command too."""
-    from argparse import SUPPRESS
-
-    from kvmneg.cli.arguments import file_name, number, utf8
+    from kvmneg.cli.arguments import common_again, file_name, number, utf8
 
     verbs = parser.add_subparsers(metavar="|".join(verb[0] for verb in _VERBS), required=True)
     for name, function, what in _VERBS:
         verb = verbs.add_parser(name, help=what, description=what, prog=f"kvmneg vm {name}")
-        # given before the verb they hold too: a default here would overwrite them
-        verb.add_argument("--json", action="store_true", default=SUPPRESS, help="print JSON")
-        verb.add_argument(
-            "--socket", metavar="PATH", type=file_name, default=SUPPRESS, help="the daemon's socket"
-        )
+        common_again(verb)
         verb.set_defaults(run=function)
         if name == "begin":
             verb.add_argument("digest", metavar="DIGEST", type=_digest, help="the digest that negotiate gave")

@@ -81,7 +81,7 @@ def test_every_option_of_a_command_is_on_its_page(command: str) -> None:
         "--tsc-khz",
         "--vmm",
     }
-    common = {"--json", "--socket", "--help", *request}
+    common = {"--json", "--socket", "--no-ask-password", "--help", *request}
     for option in options(arguments.parser_of(command)):
         place = of_every_command("kvmneg.1") if option in common else told
         assert f"*{option}" in place, f"kvmneg {command} {option}"

@@ -19,6 +19,7 @@ from functools import partial
 from kvmneg import limits
 from kvmneg.errors import KvmnegError, LimitExceeded, NotPermitted, dbus_name
 from kvmneg.service.bus import methods
+from kvmneg.service.bus.flags import allows_interaction
 from kvmneg.service.bus.link import INVALID, Daemon, Refused, refusal, told
 from kvmneg.service.bus.methods import NAME, PATH
 from kvmneg.service.bus.polkit import Polkit
@@ -136,7 +137,7 @@ class Service:
     async def _serve(self, interface: str, method: str, sender: str, call: sd_bus.SdBusMessage) -> None:
         try:
             given = methods.to_varlink(interface, method, call.parse_to_tuple())
-            answer = await self._answer(sender, f"{interface}.{method}", given)
+            answer = await self._answer(sender, f"{interface}.{method}", given, call)
             if call.expect_reply:
                 reply = call.create_reply()
                 signature, values = methods.from_varlink(interface, method, answer)
@@ -160,7 +161,9 @@ class Service:
             if not self._calls[sender]:
                 del self._calls[sender]
 
-    async def _answer(self, sender: str, method: str, given: dict[str, Any]) -> dict[str, Any]:
+    async def _answer(
+        self, sender: str, method: str, given: dict[str, Any], message: sd_bus.SdBusMessage
+    ) -> dict[str, Any]:
         """The answer's parameters, with polkit's permission where that is needed. Raises Refused."""
         caller = await self._caller(sender)
         uid = caller["uid"]
@@ -176,8 +179,9 @@ class Service:
             }
             answer = await self._daemon.call(call)
             action = answer.get("parameters", {}).pop("action", "") if answer.get("error") else ""
-            interactive = given.get("allowInteractiveAuthentication") is True
             if action:  # the daemon has the last word, whichever it is
+                asked_for = given.get("allowInteractiveAuthentication") is True
+                interactive = asked_for or allows_interaction(message)
                 try:
                     why = await self._refusal(sender, uid, action, interactive)
                 except LimitExceeded as error:
