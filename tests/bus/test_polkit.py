@@ -232,6 +232,19 @@ def test_a_question_that_the_child_takes_with_it_is_told(judged: Served, polkit:
     assert len(told) == 1 and told[0].endswith("(what asks it ended while polkit was asked)")
 
 
+def test_a_call_that_comes_before_the_bus_side_is_asked_about(
+    polkit: Polkit, make_served: Callable[..., Served]
+) -> None:
+    """The one that started the daemon, say."""
+    late = "from kvmneg.service.bus import child\nchild._LATER_SECONDS = 1.0"
+    served = make_served(f"{NO_ADMINS}\n{late}", wait=False)
+    polkit.say(pin="yes")
+    with served.client() as client:
+        assert served.children() == []
+        assert client.call("org.kvmneg.Fence.Pin", PIN)["generation"] == 1
+    assert len(polkit.asked()) == 1
+
+
 MEASURING = f"""{NO_ADMINS}
 from kvmneg.service.interfaces import router
 from kvmneg.service.level import moves

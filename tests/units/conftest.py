@@ -102,20 +102,20 @@ def containers() -> None:
         pytest.skip(why)
 
 
-def booted(suite: str, folder: Path, *, kvm: bool = True) -> Installed:
+def booted(suite: str, folder: Path, *, kvm: bool = True, bus: str = "") -> Installed:
     try:
-        return Installed(suite, folder, kvm=kvm)
+        return Installed(suite, folder, kvm=kvm, bus=bus)
     except Unreachable as error:
         pytest.skip(f"the mirror is not reachable: {error}")
 
 
 @pytest.fixture
 def boot(suite: str, containers: None, tmp_path: Path) -> Iterator[Callable[..., Installed]]:
-    """boot(kvm=True): a container of one test's own, with the project installed and nothing enabled."""
+    """boot(kvm=True, bus=""): a container of one test's own, with the project installed and nothing enabled."""
     made: list[Installed] = []
 
-    def make(*, kvm: bool = True) -> Installed:
-        made.append(booted(suite, tmp_path, kvm=kvm))
+    def make(*, kvm: bool = True, bus: str = "") -> Installed:
+        made.append(booted(suite, tmp_path, kvm=kvm, bus=bus))
         return made[-1]
 
     yield make

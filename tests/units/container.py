@@ -19,7 +19,8 @@ from . import trees
 BOOT_SECONDS = 60.0
 SECONDS = 60.0  # for anything that is done inside
 
-# $1 the lower folders, $2 an empty folder, $3 the cgroup to be in; the rest are words of the kernel's command line
+# $1 the lower folders, $2 an empty folder, $3 the cgroup to be in, $4 "without-kvm" or "", $5 the unit that is its bus
+# in the place of dbus-daemon's, or ""
 _START = r"""
 set -eu
 echo $$ >"$3/cgroup.procs"
@@ -51,13 +52,14 @@ cp -a /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty dev
     chmod 0660 dev/kvm
 }
 [ ! -e /dev/net/tun ] || { cp -a /dev/net/tun dev/net; chmod 0666 dev/net/tun; }
+[ -z "$4" ] || ln -s "/usr/lib/systemd/system/$4.service" etc/systemd/system/dbus.service
 mkdir -p old
 pivot_root . old
 umount -l old
 mount --make-rshared /
 hostname kvmneg-test
 exec env -i container=unshare PATH=/usr/sbin:/usr/bin /usr/lib/systemd/systemd --system --log-level=info
-' sh "$1" "$2" "${4-}"
+' sh "$1" "$2" "$4" "$5"
 """
 
 
@@ -68,7 +70,7 @@ class Broken(Exception):
 class Container:
     """One container, booted when made. A context manager. Raises Broken, and what kvmneg's trees raise."""
 
-    def __init__(self, suite: str, folder: Path, *, kvm: bool = True, lower: str = "") -> None:
+    def __init__(self, suite: str, folder: Path, *, kvm: bool = True, lower: str = "", bus: str = "") -> None:
         """`lower`: the folders that it sees, the upper one first; without any the project in its suite's tree."""
         self.suite = suite
         lower = lower or f"{trees.layer(suite)}:{trees.tree(suite)}"
@@ -77,7 +79,8 @@ class Container:
         self._console = folder / "console"
         self._cgroup = cgroup2() / f"kvmneg-test-{os.getpid()}-{time.monotonic_ns()}"
         self._cgroup.mkdir()
-        words = ["sh", "-c", _START, "sh", lower, str(empty), str(self._cgroup), "" if kvm else "without-kvm"]
+        chosen = ["" if kvm else "without-kvm", bus]
+        words = ["sh", "-c", _START, "sh", lower, str(empty), str(self._cgroup), *chosen]
         with self._console.open("wb") as console:
             self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
         try:

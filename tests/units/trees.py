@@ -33,7 +33,8 @@ SUITES = {
     "sid": 262,
 }  # the oldest systemd that is served, the newest, and between
 PACKAGES = (
-    "systemd", "systemd-sysv", "dbus", "polkitd", "python3", "python3-cffi-backend", "python3-systemd", "procps",
+    "systemd", "systemd-sysv", "libpam-systemd", "dbus", "dbus-broker", "polkitd", "python3", "python3-cffi-backend",
+    "python3-systemd", "procps",
 )  # fmt: skip
 _KEPT = 4  # of a kind: containers of another checkout may stand on one
 _SOURCES = (
@@ -58,7 +59,7 @@ def layer(suite: str) -> Path:
     """What lies over the suite's tree. Raises as `tree` does."""
     below, key = tree(suite), sources(*_SOURCES)
     project = made("project", key, _install)
-    return made(f"layer-{suite}", digest(below.name, key), lambda path: _lay(below, project, path))
+    return made(f"layer-{suite}", digest(below.name, key, _LAY), lambda path: _lay(below, project, path))
 
 
 def bootstrap(suite: str, path: Path, packages: Sequence[str], *options: str) -> None:
@@ -101,6 +102,8 @@ mount -t tmpfs -o size=1m tmpfs "$4"
 mkdir "$4/root"
 mount -t overlay -o "lowerdir=$1,upperdir=$2,workdir=$3" overlay "$4/root"
 mount -t proc proc "$4/root/proc"
+# its package has put itself in the place of dbus-daemon, which is what most have; a test boots with it
+rm -f "$4/root/etc/systemd/system/dbus.service" "$4/root/etc/systemd/user/dbus.service"
 chroot "$4/root" systemd-sysusers
 chroot "$4/root" journalctl --update-catalog
 chroot "$4/root" systemctl --quiet mask console-getty.service systemd-modules-load.service

@@ -65,13 +65,18 @@ class Caller:
 class Question:
     """A call that waits for polkit."""
 
-    __slots__ = ("action", "again", "connection", "number", "timer")
+    __slots__ = ("again", "asked", "connection", "number", "timer")
 
     def __init__(
-        self, number: int, connection: Connection, action: str, again: Callable[[str], bytes], timer: Timer
+        self,
+        number: int,
+        connection: Connection,
+        asked: dict[str, Any],
+        again: Callable[[str], bytes],
+        timer: Timer,
     ) -> None:
         self.number, self.connection, self.timer = number, connection, timer
-        self.action, self.again = action, again
+        self.asked, self.again = asked, again
 
 
 class Bus:
@@ -89,6 +94,7 @@ class Bus:
         self._number = 0
         self._retry = _RETRY_SECONDS
         self._started = 0.0
+        self._coming = False  # the child is about to listen, for all that is known
         self._told = False  # of this absence of the bus
         self._stopping = False
 
@@ -96,11 +102,18 @@ class Bus:
         """Bring the child up, a little later."""
         self._server = server
         node.changed.append(lambda: self._push({"event": self._event()}))
+        self._coming = True
         server.after(_LATER_SECONDS, self._spawn)
 
     def stop(self) -> None:
         """Start no other child. The one there is ends by itself, when its connections do."""
         self._stopping = True
+
+    def limits_changed(self) -> None:
+        """The child keeps those of its callers."""
+        from kvmneg import settled  # rarely
+
+        self._push({"limits": settled.numbers()})
 
     # -- the child --------------------------------------------------------------------------------
 
@@ -134,18 +147,17 @@ class Bus:
         finally:
             for one in theirs:
                 one.close()
-        self._started = server.clock()
+        self._started, self._coming = server.clock(), True
         self._calls = server.acceptor.adopt(ours[0].detach())
         self._listener = server.acceptor.adopt(ours[1].detach())
         server.watch_fd(ended, lambda: self._ended(child, ended))
 
     def _environment(self) -> dict[str, str]:
         """Ours, with the bus and the limits as they are set, and without what only the daemon may tell systemd."""
-        kept = {
-            name: text for name, text in os.environ.items() if name not in ("NOTIFY_SOCKET", "WATCHDOG_PID")
-        }
-        bounds = {name: value for name, value in vars(limits).items() if name.startswith(("BUS_", "POLKIT_"))}
-        return {**kept, "DBUS_SYSTEM_BUS_ADDRESS": self._address, "KVMNEG_LIMITS": json.dumps(bounds)}
+        from kvmneg import settled  # rarely
+
+        given = {**settled.environment(), "DBUS_SYSTEM_BUS_ADDRESS": self._address}
+        return {name: text for name, text in given.items() if name not in ("NOTIFY_SOCKET", "WATCHDOG_PID")}
 
     def _ended(self, child: int, descriptor: int) -> None:
         server = self._server
@@ -172,6 +184,12 @@ class Bus:
 
     def _again(self, why: str) -> None:
         """Try again later, each time later; say so once."""
+        self._coming = False
+        if self._questions:
+            from kvmneg.service.bus import verdicts  # when there is a no
+
+            for question in list(self._questions.values()):
+                self._answered(question.number, verdicts.NO_BUS)
         server = self._server
         if self._stopping or server is None:
             return
@@ -194,6 +212,8 @@ class Bus:
         if method.endswith(".Listen") and more:
             connection.hold(lambda _: None)
             self._push({"event": self._event()})
+            for question in self._questions.values():  # that came before it
+                self._push(question.asked)
         elif method.endswith(".Call"):
             self._relay(given["id"], self._answer(given))
         elif method.endswith(".Answer"):
@@ -257,7 +277,7 @@ class Bus:
         if isinstance(connection, Caller):
             no.why = connection.why
             raise no
-        if server is None or not (self._listener and self._listener.busy):
+        if server is None or not (self._coming or (self._listener and self._listener.busy)):
             no.why = verdicts.NO_BUS
             raise no
         peer = connection.peer
@@ -274,10 +294,11 @@ class Bus:
         self._number += 1
         number = self._number
         timer = server.after(limits.POLKIT_SECONDS, lambda: self._answered(number, verdicts.LATE))
-        self._questions[number] = Question(number, connection, no.action, again, timer)
-        connection.wait(lambda _: self._forget(number))
         subject = {"pid": peer.pid, "started": started, "uid": peer.uid}
-        self._push({"ask": number, "action": no.action, "interactive": interactive, **subject})
+        asked = {"ask": number, "action": no.action, "interactive": interactive, **subject}
+        self._questions[number] = Question(number, connection, asked, again, timer)
+        connection.wait(lambda _: self._forget(number))
+        self._push(asked)
 
     def _answered(self, number: int, why: str) -> None:
         question = self._questions.pop(number, None)
@@ -290,7 +311,7 @@ class Bus:
         server, peer = self._server, question.connection.peer
         if server is None or question.connection.closed:
             return
-        peer.permitted = () if why else (question.action,)
+        peer.permitted = () if why else (question.asked["action"],)
         try:
             reply = question.again(why)
         except Later:  # this host is measured again: the permission is not asked for anew

@@ -9,14 +9,13 @@ that there was one.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
 import sys
 from functools import partial
 
-from kvmneg import limits
+from kvmneg import limits, settled
 from kvmneg.errors import KvmnegError, LimitExceeded, NotPermitted, dbus_name
 from kvmneg.service.bus import methods
 from kvmneg.service.bus.flags import allows_interaction
@@ -224,7 +223,9 @@ class Service:
 
     def hear(self, news: dict[str, Any]) -> None:
         """One thing that the daemon tells."""
-        if "event" in news:
+        if "limits" in news:
+            settled.take(news["limits"])
+        elif "event" in news:
             self._tell(news["event"])
         elif "ask" in news:
             number = news["ask"]
@@ -336,8 +337,7 @@ def main(arguments: list[str]) -> int:
     """The child: `arguments` are the numbers of its two sockets."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # it ends with the daemon
-    for name, value in json.loads(os.environ.get("KVMNEG_LIMITS", "{}")).items():
-        setattr(limits, name, value)
+    settled.take()
     calls, listener = (socket.socket(fileno=int(text)) for text in arguments)
     for one in (calls, listener):
         one.setblocking(False)

@@ -13,7 +13,7 @@ import sys
 
 from kvmneg import limits
 from kvmneg.errors import LimitExceeded
-from kvmneg.service.bus.verdicts import DENIED, LATE, NEEDS_PERSON
+from kvmneg.service.bus.verdicts import DENIED, LATE, NEEDS_PERSON, NO_AGENT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ class Polkit:
             authorized, challenge, _ = answer.get_contents()
             if authorized is True:
                 return ""
-            return NEEDS_PERSON if challenge is True and not interactive else DENIED
+            if challenge is True:
+                return NO_AGENT if interactive else NEEDS_PERSON
+            return DENIED
         except (TimeoutError, asyncio.CancelledError) as error:
             self._take_back(number)
             if isinstance(error, TimeoutError):

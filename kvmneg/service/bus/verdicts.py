@@ -3,6 +3,7 @@
 
 DENIED = "polkit did not permit it"
 NEEDS_PERSON = "polkit would ask for a password, and the caller did not allow that"
+NO_AGENT = "polkit would ask for a password, and has no agent that could"
 LATE = "polkit did not answer in time"
 OFF = "D-Bus is off, so polkit was not asked"
 NO_BUS = "there is no bus, so polkit was not asked"
