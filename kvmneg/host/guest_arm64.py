@@ -102,13 +102,14 @@ def ask(
     mode: int,
     questions: Sequence[Question],
     *,
-    seconds: float = limits.GUEST_SECONDS,
+    seconds: float | None = None,
 ) -> list[Answer]:
     """What a guest answers, one answer for each question. Raises KvmFault.
 
     From then on KVM keeps the machine's ID registers as they are.
     """
     found: list[Answer] = []
+    seconds = limits.GUEST_SECONDS if seconds is None else seconds
     for first in range(0, len(questions), QUESTIONS):
         found += _ask(kvm, machine, mode, questions[first : first + QUESTIONS], seconds)
     return found

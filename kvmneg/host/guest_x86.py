@@ -78,7 +78,7 @@ def ask(
     questions: Sequence[Question],
     *,
     xcr0: int = 0,
-    seconds: float = limits.GUEST_SECONDS,
+    seconds: float | None = None,
 ) -> list[Answer]:
     """What a guest answers, one answer for each question; `xcr0` is what it is to have there, 0 for what it has.
 
@@ -90,7 +90,7 @@ def ask(
     rows = b"".join(starmap(_QUESTION.pack, questions))
     ffi.buffer(asked.entries, len(rows))[:] = rows
     found = ffi.new("struct kvmneg_questions **")
-    milliseconds = max(1, int(seconds * 1000))
+    milliseconds = max(1, int((limits.GUEST_SECONDS if seconds is None else seconds) * 1000))
     try:
         kvm._call(lib.kvmneg_ask_guest, kvm.fd, scratch.vm, scratch.vcpu, mode, milliseconds, asked, found)
     except KvmFault as error:

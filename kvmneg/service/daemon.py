@@ -104,7 +104,7 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options, inherited:
         server.on_trouble = _print_trouble
         server.on_limit = _tell_limit
         bus = _bus(router, arguments)
-        lifecycle.schedule(server, node, arguments, lambda: _status(node), bus)
+        lifecycle.schedule(server, node, arguments, lambda: _status(node), router)
         node.leases.start(server)
         server.after(_LATER_SECONDS, lambda: _follow_strangers(server, node))
         node.changed.append(lambda: _tell_systemd(node))
@@ -315,6 +315,8 @@ def _tell_state(node: Node) -> None:
     except KvmnegError as error:
         telling.unmeasured(error, str(error))
         return
+    if node.breach_told:
+        return  # this measurement found it
     lost = list(dict.fromkeys(one.feature for one in node.below))
     telling.breached(node.report.host, node.report.combo_digest(), node.generation, lost)
 
@@ -323,6 +325,7 @@ def _tell_start(node: Node) -> None:
     from kvmneg.service import telling  # when the calls that wait have their answers
 
     telling.started(node, _status(node))
+    lifecycle.tell_store()
 
 
 def _follow_strangers(server: Server, node: Node) -> None:

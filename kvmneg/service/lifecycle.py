@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import sys
 
 from kvmneg import limits
 from kvmneg.errors import KvmnegError
@@ -16,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvmneg.service.bus.child import Bus
+    from kvmneg.service.interfaces.router import Router
     from kvmneg.service.node import Node
     from kvmneg.service.options import Options
     from kvmneg.service.varlink.server import Server
@@ -24,13 +23,12 @@ if TYPE_CHECKING:
 _OWN_DESCRIPTORS = 128  # SQLite's, epoll's, and those a measurement opens
 
 
-def schedule(
-    server: Server, node: Node, arguments: Options, tell: Callable[[], str], bus: Bus | None
-) -> None:
+def schedule(server: Server, node: Node, arguments: Options, tell: Callable[[], str], router: Router) -> None:
     """Signals, the watchdog, and what the node does when nobody asks, in the server's loop.
 
     `tell` gives the line for `systemctl status`.
     """
+    bus = router.bus
 
     def stop(*_: object) -> None:
         systemd.stopping()
@@ -41,11 +39,18 @@ def schedule(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    _take_hangups(server, Reloader(arguments, tell).reload)
+    poll = server.every(limits.WATCH_POLL_SECONDS, node.keep_up)
+
+    def taken() -> None:
+        nonlocal poll
+        server.cancel(poll)
+        poll = server.every(limits.WATCH_POLL_SECONDS, node.keep_up)
+        router.limits_changed()
+
+    _take_hangups(server, Reloader(arguments, tell, taken).reload)
     seconds = systemd.watchdog_seconds()
     if seconds:
         server.every(seconds, _watchdog)
-    server.every(limits.WATCH_POLL_SECONDS, node.keep_up)
 
 
 def _take_hangups(server: Server, reload: Callable[[], None]) -> None:
@@ -63,28 +68,30 @@ def _take_hangups(server: Server, reload: Callable[[], None]) -> None:
 class Reloader:
     """Reads the settings again. A bad file changes nothing; what it says goes to the journal and the status."""
 
-    def __init__(self, arguments: Options, tell: Callable[[], str]) -> None:
+    def __init__(self, arguments: Options, tell: Callable[[], str], taken: Callable[[], None]) -> None:
+        """`taken` is called when limits may be others."""
         self._arguments = arguments
         self._tell = tell
+        self._taken = taken
 
     def reload(self) -> None:
         """One reload, between RELOADING=1 and READY=1."""
-        from kvmneg.service import settings  # tomllib: no start needs it
+        from kvmneg.service import settings, telling  # tomllib: no start needs it
 
         systemd.reloading()
         file = self._arguments.config
         try:
             found = settings.load(file)
         except KvmnegError as error:
-            _say(f"the settings stay as they were: {error}")
+            telling.not_reloaded(file, error)
             systemd.ready(f"{self._tell()}; settings not reloaded: {error.message}")
             return
         settings.apply(found)
         raise_descriptor_limit()
+        self._taken()
         waiting = (found or settings.parse(b"", file)).waits(self._arguments.settings)
-        _say(f"settings of {file} reloaded" if found else f"no {file}: settings as delivered")
-        if waiting:
-            _say(f"{', '.join(waiting)}: changed, and taken at the next start")
+        telling.reloaded(file, found is not None, waiting)
+        tell_store()
         systemd.ready(self._tell())
 
 
@@ -97,9 +104,18 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hardest, hard))
 
 
+def tell_store() -> None:
+    """Say where connections that keep a lease may be more than the service manager has room for."""
+    room, most = systemd.store_room(), min(limits.CONNECTIONS, limits.LEASES)
+    if room is None or most <= room:
+        return
+    from kvmneg.service import telling  # rarely
+
+    telling.trouble(
+        f"up to {most} connections may keep a lease, and the service manager has room for {room} of them: over a "
+        "restart the others close\n  raise FileDescriptorStoreMax= of kvmneg.service with CONNECTIONS and LEASES"
+    )
+
+
 def _watchdog() -> None:
     systemd.watchdog()
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"kvmnegd: {text}\n")

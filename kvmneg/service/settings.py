@@ -88,7 +88,6 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "APART_SECONDS": (0.1, 60),
     "APART_BYTES": (4096, 64 * _MIB),
     "VMM_BUILDS": (0, 4096),
-    "QEMU_SECONDS": (0.1, 600),
     "HISTORY_ROWS": (1, 100_000),
     "COMBO_ROWS": (1, 100_000),
     "COMBOS_SEARCHED": (1, 10_000_000),
@@ -116,6 +115,7 @@ FIXED = {
     "CONTRACT_BYTES": "libkvmneg has the same, and reads what is granted",
     "CONTRACT_ENTRIES": "libkvmneg has the same, and reads what is granted",
     "GENERATIONS": "JSON's numbers end there",
+    "QEMU_SECONDS": "`kvmneg` keeps it, and reads no settings",
     "IMAGE_PARTS": "`kvmneg image` keeps it, and reads no settings",
     "IMAGE_PART_BYTES": "`kvmneg image` keeps it, and reads no settings",
     "CPUID_ENTRIES": "KVM takes no more",
@@ -123,15 +123,8 @@ FIXED = {
     "UEVENT_BYTES": "the kernel's messages are no longer",
 }
 
-# Known to what is imported at start: a reload says that they wait for the next one.
-AT_START = (
-    "READ_CHUNK_BYTES",
-    "GUEST_SECONDS",
-    "QEMU_SECONDS",
-    "REPORT_BYTES",
-    "WATCH_POLL_SECONDS",
-    "WATCHED_FOLDERS",
-)
+# Looked at once: a reload says that they wait for the next start.
+AT_START = ("WATCHED_FOLDERS",)
 
 _DEFAULTS: dict[str, float] = {name: getattr(limits, name) for name in BOUNDS}
 _ADMIN_GROUP = authorization.admin_group
@@ -256,7 +249,9 @@ class _Reader:
 
     def _refuse(self, section: str, key: str, why: str, hint: str = "") -> NoReturn:
         name = f"{section}.{key}" if section else key
-        raise BadInput(f"{name}: {why}", file=self._file, line=self._line(section, key), hint=hint)
+        fault = BadInput(f"{name}: {why}", file=self._file, line=self._line(section, key), hint=hint)
+        fault.fields["key"] = name
+        raise fault
 
     def _line(self, section: str, key: str) -> int:
         """Where a key stands; 1 where it is written in a way that is not looked for."""

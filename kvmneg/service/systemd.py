@@ -24,6 +24,10 @@ EVENTS = "uevents"  # that of kvmneg-uevents.socket
 STORED = "held-"  # how names of stored descriptors begin (kvmneg.service.leases.keepers)
 
 
+# FileDescriptorStoreMax= of kvmneg.service: what a manager before systemd 254 does not say ($FDSTORE)
+STORE_DESCRIPTORS = 1024
+
+
 def notify(*assignments: str, fd: int = -1) -> bool:
     """Send state to the service manager (sd_notify(3)), with a descriptor; false where it cannot be told."""
     if not os.environ.get("NOTIFY_SOCKET"):
@@ -141,6 +145,14 @@ class StoredDescriptors(Descriptors):
 
     def drop(self, name: str) -> None:
         notify("FDSTOREREMOVE=1", f"FDNAME={name}")
+
+
+def store_room() -> int | None:
+    """How many descriptors the manager keeps for this service; None without a manager."""
+    if not os.environ.get("NOTIFY_SOCKET"):
+        return None
+    told = os.environ.get("FDSTORE", "")
+    return int(told) if told.isdecimal() else STORE_DESCRIPTORS
 
 
 def descriptors(inherited: Inherited) -> Descriptors:

@@ -53,6 +53,21 @@ def started(node: Node, status: str) -> None:
     )
 
 
+def reloaded(file: str, found: bool, waiting: list[str]) -> None:
+    """The settings hold; those that wait do from the next start on. Where there is no file, they are as delivered."""
+    lines = [f"settings of {file} reloaded" if found else f"no {file}: settings as delivered"]
+    if waiting:
+        lines.append(f"{', '.join(waiting)}: changed, and taken at the next start")
+    journal.event("reloaded", *lines, file=file, settings=waiting or None)
+
+
+def not_reloaded(file: str, error: KvmnegError) -> None:
+    """What is wrong with the file."""
+    lines = f"the settings stay as they were: {error}".split("\n")
+    line, key = error.fields.get("line"), error.fields.get("key")
+    journal.event("reload-refused", *lines, file=file, line=line, key=key, reason=error.message)
+
+
 def store(fault: StoreError | None) -> None:
     """The state directory takes no changes any more, or takes them again (None)."""
     if fault is None:

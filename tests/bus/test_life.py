@@ -198,6 +198,32 @@ def test_others_are_served_during_a_flood_of_calls(served: Served) -> None:
     assert told <= limits.EVENT_BURST  # of some ten thousand
 
 
+def test_a_reload_reaches_the_child(make_served: Callable[..., Served], tmp_path: Path) -> None:
+    """Without another child: how many calls of a caller may wait is as the file says now."""
+    file = tmp_path / "kvmneg.toml"
+    file.write_text("[limits]\nBUS_CALLS_PER_CALLER = 1\n")
+    served = make_served("", "--report", str(RECORDED), "--config", str(file))
+    (child,) = served.children()
+
+    def together() -> int:
+        """Of three calls at once, how many are refused."""
+
+        async def ask() -> list[str]:
+            calls = burst(Wire(), 3)
+            await asyncio.wait(calls, timeout=20)
+            return [outcome(one.exception()) for one in calls]
+
+        return asyncio.run(ask()).count("LimitExceeded")
+
+    assert together() == 2
+    file.write_text("[limits]\nBUS_CALLS_PER_CALLER = 3\n")
+    assert served.process is not None
+    served.process.send_signal(signal.SIGHUP)
+    until(lambda: "reloaded" in served.errors.read_text())
+    until(lambda: together() == 0)
+    assert served.children() == [child]
+
+
 def test_callers_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvmneg.service.bus.dbus import Service
 

@@ -3,28 +3,32 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvmneg import limits
+from kvmneg import limits, settled
 from kvmneg.errors import BadInput, LimitExceeded, UsageError
-from kvmneg.service import authorization, settings
+from kvmneg.service import authorization, lifecycle, settings, systemd, telling
 from kvmneg.service.options import parse as parse_options
 from kvmneg.service.settings import AT_START, BOUNDS, FIXED, parse
+from kvmneg.service.watching import proofs, vmms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.daemon.conftest import Daemon
 
-PAGE = Path(__file__).parents[2] / "man/kvmneg.toml.5.scd"
+TOP = Path(__file__).parents[2]
+PAGE = TOP / "man/kvmneg.toml.5.scd"
 NAMES = {name for name in vars(limits) if name.isupper()}
 TOLD = {
     match[1]: tuple(map(float, match.groups()[1:]))
@@ -127,9 +131,99 @@ def test_a_setting_that_goes_is_as_delivered_again() -> None:
 
 def test_what_waits_for_a_restart() -> None:
     old = parse(b"state = '/a'\n[limits]\nLEASES = 3\n", "x")
-    new = parse(b"socket = '/b'\nstate = '/a'\n[limits]\nREAD_CHUNK_BYTES = 8192\n", "x")
-    assert new.waits(old) == ["socket", "READ_CHUNK_BYTES"]
+    new = parse(b"socket = '/b'\nstate = '/a'\n[limits]\nWATCHED_FOLDERS = 7\n", "x")
+    assert new.waits(old) == ["socket", "WATCHED_FOLDERS"]
     assert new.waits(new) == []
+
+
+def test_nothing_that_a_reload_changes_is_kept_at_import() -> None:
+    """Defaults of parameters, and names of modules and classes, are made once: a limit in one would stay as it was."""
+    kept = set()
+    for file in (TOP / "kvmneg").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            once: list[ast.AST] = []
+            if isinstance(node, ast.FunctionDef | ast.Lambda):
+                once = [one for one in (*node.args.defaults, *node.args.kw_defaults) if one is not None]
+            elif isinstance(node, ast.Module | ast.ClassDef):
+                once = [one for one in node.body if isinstance(one, ast.Assign | ast.AnnAssign)]
+            for one in (inner for outer in once for inner in ast.walk(outer)):
+                if isinstance(one, ast.Attribute) and ast.unparse(one.value) == "limits":
+                    kept.add((file.relative_to(TOP / "kvmneg").parts[0], one.attr))
+    assert {name for room, name in kept if room != "cli" and name in BOUNDS} == set()
+
+
+def test_a_reload_gives_timers_their_new_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "kvmneg.toml"
+    file.write_text("[limits]\nWATCH_POLL_SECONDS = 7\n")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(settings, "apply", lambda found: monkeypatch.setattr(limits, "WATCH_POLL_SECONDS", 7))
+    timers: list[tuple[float, object]] = []
+    callbacks: dict[int, Callable[[], None]] = {}
+
+    def every(seconds: float, callback: object) -> tuple[float, object]:
+        timers.append((seconds, callback))
+        return timers[-1]
+
+    changed: list[bool] = []
+    server: Any = SimpleNamespace(every=every, cancel=timers.remove, watch_fd=callbacks.__setitem__)
+    router: Any = SimpleNamespace(bus=None, limits_changed=lambda: changed.append(True))
+    node: Any = SimpleNamespace(keep_up=print)
+    lifecycle.schedule(server, node, parse_options(["--config", str(file)]), lambda: "", router)
+    ((wake, woken),) = callbacks.items()
+    assert timers == [(limits.WATCH_POLL_SECONDS, print)] != [(7, print)]
+    os.eventfd_write(wake, 1)
+    woken()
+    os.close(wake)
+    assert (timers, changed) == ([(7, print)], [True])
+
+
+@pytest.mark.usefixtures("as_delivered")
+@pytest.mark.parametrize("module", ["proof", "vmm"])
+def test_what_the_daemon_starts_has_its_limits(module: str) -> None:
+    program = {"proof": proofs._PROGRAM, "vmm": vmms._PROGRAM}[module]
+    parse(b"[limits]\nPROOF_SECONDS = 77\nVOLATILE_SECONDS = 0.5\n", "x").apply()
+    shown = (
+        f"from kvmneg.host import {module} as m; from kvmneg import limits;"
+        "m.refresh = lambda *_: print(limits.PROOF_SECONDS, limits.VOLATILE_SECONDS);"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", shown + program, "x"], capture_output=True, text=True, check=True,
+        env={**settled.environment(), "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.stdout == "77 0.5\n"
+
+
+@pytest.mark.parametrize(
+    ("room", "given", "told"),
+    [
+        (None, "", False),  # no manager
+        ("", "", False),  # one that does not say: as the unit has it
+        ("", "CONNECTIONS = 1025", True),
+        ("1025", "CONNECTIONS = 1025", False),
+        ("512", "", True),
+        ("512", "LEASES = 512", False),
+    ],
+)
+@pytest.mark.usefixtures("as_delivered")
+def test_more_leases_than_the_manager_keeps_are_told(
+    monkeypatch: pytest.MonkeyPatch, room: str | None, given: str, told: bool
+) -> None:
+    if room is None:
+        monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    else:
+        monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent")
+        monkeypatch.setenv("FDSTORE", room)
+    parse(f"[limits]\n{given}\n".encode(), "x").apply()
+    said: list[str] = []
+    monkeypatch.setattr(telling, "trouble", said.append)
+    lifecycle.tell_store()
+    assert [f"room for {room or 1024} of them" in text for text in said] == [True] * told
+
+
+def test_the_unit_has_the_room_that_is_assumed() -> None:
+    unit = (TOP / "units/kvmneg.service.in").read_text()
+    assert f"\nFileDescriptorStoreMax={systemd.STORE_DESCRIPTORS}\n" in unit
+    assert systemd.STORE_DESCRIPTORS >= limits.CONNECTIONS  # as delivered there is room for all
 
 
 def test_options_come_before_settings(tmp_path: Path) -> None:

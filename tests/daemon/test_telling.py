@@ -11,7 +11,7 @@ import pytest
 from kvmneg import limits
 from kvmneg.errors import KvmnegError, LimitExceeded, NotPermitted, StoreError
 from kvmneg.host.guests import Process
-from kvmneg.service import daemon, journal, telling
+from kvmneg.service import daemon, journal, systemd, telling
 from kvmneg.service.interfaces.router import Router
 from kvmneg.service.level import moves
 from kvmneg.service.level.moves import Asked
@@ -87,6 +87,20 @@ def test_what_only_looks_is_not_told(node: Node, told: Told) -> None:
     assert call(node, ROOT, "Fence.Raise", reason="r", dryRun=True, **{"from": "host"}) is not None
     assert call(node, PEER, "GetContract", digest="0" * 64) is not None
     assert told == []
+
+
+def test_a_breach_is_told_once_at_each_start(
+    node: Node, host: Host, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the first measurement, where it is new; else with the state, of which an operator reads after a start."""
+    monkeypatch.setattr(systemd, "ready", lambda status: True)
+    node.pin("host", None, None, AUDIT)
+    host.lose(WORD, AVX2)
+    for _ in range(2):
+        told.clear()
+        daemon._announce(type(node)(node.store, host, node.files))
+        ((name, lines, fields),) = told
+        assert name == "breached" and fields["count"] == 1, lines
 
 
 def test_a_change_that_is_refused(node: Node, told: Told) -> None:

@@ -115,8 +115,7 @@ def test_what_calls_names_events_and_fields_that_there_are() -> None:
         "fence-settled",
     }
     by_name = {*moved, "fence-aborted"}  # told by one function for all: kvmneg.service.telling.moved
-    settings = {"reloaded", "reload-refused"}
-    assert told == set(EVENTS) - by_name - settings
+    assert told == set(EVENTS) - by_name
 
 
 def test_journalctl_takes_the_catalogue(tmp_path: Path) -> None:

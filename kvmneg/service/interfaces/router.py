@@ -79,6 +79,13 @@ class Router(Dispatch):
         """The server whose clock and timers tell when replies have become old."""
         self._server = server
 
+    def limits_changed(self) -> None:
+        """What keeps a limit beyond the call it is for."""
+        if self._server is not None:
+            self._watchers.retime(self._server)
+        if self.bus is not None:
+            self.bus.limits_changed()
+
     def call(
         self, connection: Connection, method: str, given: dict[str, Any], more: bool, oneway: bool
     ) -> bytes | None:

@@ -199,6 +199,7 @@ def _judge(node: Standing, report: Report) -> None:
         "count": len(names),
     }
     telling.breached(report.host, report.combo_digest(), node.generation, names)
+    node.breach_told = bool(low)
     node.store.levels.breached(bool(low), detail, daemon_audit("a measurement"))
 
 

@@ -46,6 +46,7 @@ class Standing:
         self.proposal = self._row.proposal
         self.proposed_at = 0  # the number of measurements when that was proposed
         self.measurements = 0
+        self.breach_told = False  # that the host is below its fence, by this daemon
         store.on_fault(self._tell)
 
     def adopt(self, store: Store) -> None:

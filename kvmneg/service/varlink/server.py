@@ -119,13 +119,13 @@ class Server(Loop):
 
     def run(self) -> None:
         """Serve until stopped; then every connection is closed."""
-        poll, clock, chunk = self.epoll.poll, self.clock, self._limits.READ_CHUNK_BYTES
+        poll, clock = self.epoll.poll, self.clock
         connections, cached = self._connections, self._dispatch.cached
         while not self._stopping:
             happened = poll(0.0 if self._backlog else max(0.0, self._due - clock()), _EVENTS_PER_TURN)
             if clock() >= self._due:
                 self._run_timers()
-            side = []
+            side, chunk = [], self._limits.READ_CHUNK_BYTES
             for fd, events in happened:
                 connection = connections.get(fd)
                 if connection is None:

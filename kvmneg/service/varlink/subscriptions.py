@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from kvmneg.service.varlink.connection import Connection
     from kvmneg.service.varlink.loop import Timer
+    from kvmneg.service.varlink.server import Server
 
 
 class Subscriptions:
@@ -45,6 +46,12 @@ class Subscriptions:
         if self._timer is None:
             self._timer = connection.server.every(self._limits.WATCHER_STALL_SECONDS / 4, self._drop_stalled)
         connection.offer(message.reply(parameters, continues=True))
+
+    def retime(self, server: Server) -> None:
+        """WATCHER_STALL_SECONDS may be another."""
+        if self._timer is not None:
+            server.cancel(self._timer)
+            self._timer = server.every(self._limits.WATCHER_STALL_SECONDS / 4, self._drop_stalled)
 
     def publish(self, parameters: dict[str, Any]) -> None:
         """Tell all watchers the new state."""

@@ -78,7 +78,7 @@ class Again:
         self._once_more = False
         self._ending: list[int] = []  # children that have told, or were killed, and are not reaped yet
         self._wedged = False
-        self._pause = limits.MEASURE_RETRY_SECONDS
+        self._pause = 0.0  # after a measurement that hung, while one does
         self._not_before = 0.0
 
     @property
@@ -162,7 +162,7 @@ class Again:
             return
         data = self._data
         self._forget_child(kill=bool(self._data[limits.REPORT_BYTES :]))
-        self._pause = limits.MEASURE_RETRY_SECONDS
+        self._pause = 0.0
         try:
             self._adopt(_told(data))
         except KvmnegError as error:
@@ -174,6 +174,7 @@ class Again:
         self._forget_child(kill=True)
         self._wedged = True
         self._measurer.doubt()
+        self._pause = self._pause or limits.MEASURE_RETRY_SECONDS
         self._loop.after(self._pause, self._retry)
         seconds = f"{limits.MEASURE_SECONDS:g}"
         self._adopt(

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from kvmneg.service.node import Node
     from kvmneg.service.varlink.loop import Loop
 
-_PROGRAM = "import sys; from kvmneg.host import proof; proof.refresh(*sys.argv[1:])"
+_PROGRAM = (
+    "import sys; from kvmneg import settled; settled.take();"
+    "from kvmneg.host import proof; proof.refresh(*sys.argv[1:])"
+)
 # After the look-up of VMMs, which moves the combo.
 _LATER_SECONDS = 1.0
 
@@ -87,12 +90,14 @@ class Prover:
 
     def _spawn(self, digest: str) -> tuple[int, int] | None:
         """A child that runs them, and a descriptor that is readable when it has ended; None where there is none."""
+        from kvmneg import settled  # as rarely as this
+
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
             child = os.posix_spawn(
                 sys.executable,
                 [sys.executable, "-P", "-c", _PROGRAM, self._cache, self._path, digest],
-                os.environ,
+                settled.environment(),
                 file_actions=[(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, null, 1)],
             )
         except OSError:

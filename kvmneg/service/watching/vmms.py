@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from kvmneg.service.node import Node
     from kvmneg.service.varlink.loop import Loop
 
-_PROGRAM = "import sys; from kvmneg.host import vmm; vmm.refresh(sys.argv[1])"
+_PROGRAM = (
+    "import sys; from kvmneg import settled; settled.take();"
+    "from kvmneg.host import vmm; vmm.refresh(sys.argv[1])"
+)
 # Not before the calls that wait have their answers: a look-up takes a processor for a while.
 _LATER_SECONDS = 0.5
 
@@ -122,12 +125,14 @@ class VmmLookup:
 
     def _spawn(self) -> tuple[int, int] | None:
         """A child that looks them up, and a descriptor that is readable when it has ended; None where there is none."""
+        from kvmneg import settled  # as rarely as this
+
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
             child = os.posix_spawn(
                 sys.executable,
                 [sys.executable, "-P", "-c", _PROGRAM, self._cache],
-                os.environ,
+                settled.environment(),
                 file_actions=[(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, null, 1)],
             )
         except OSError:
