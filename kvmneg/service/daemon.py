@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kvmneg.service.options import Options
     from kvmneg.service.varlink.peer import Peer
     from kvmneg.service.varlink.server import Server
+    from kvmneg.service.watching.first import First
     from kvmneg.service.watching.proofs import Prover
     from kvmneg.service.watching.vmms import VmmLookup
 
@@ -88,6 +89,7 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options, inherited:
     from kvmneg.service.level.restoring import Copier
     from kvmneg.service.node import Node
     from kvmneg.service.varlink.server import Server
+    from kvmneg.service.watching.first import First
     from kvmneg.store.opening import open_store
 
     with open_store(arguments.state, lambda text: Fence.parse(text).digest) as store:
@@ -95,7 +97,8 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options, inherited:
         measurer, later = _measurer(arguments, apart)
         files = ContractFiles(os.path.join(os.path.dirname(path), "contracts"))
         descriptors = systemd.descriptors(inherited)
-        node = Node(store, measurer, files, _print_trouble, boot=_boot(), descriptors=descriptors)
+        first = None if arguments.report else First(measurer)
+        node = Node(store, first or measurer, files, _print_trouble, boot=_boot(), descriptors=descriptors)
         node.apart, node.events = apart, inherited.events
         router = Router(node)
         server = Server(listener, router)
@@ -111,8 +114,8 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options, inherited:
         _tell_changes(server, node)
         _announce(node)
         server.after(_LATER_SECONDS, lambda: _tell_start(node))
-        if not arguments.report:
-            server.after(_LATER_SECONDS, lambda: _watch(server, node, measurer, arguments.kvm))
+        if first is not None:
+            server.after(_LATER_SECONDS, lambda: _watch(server, node, measurer, arguments.kvm, first))
         for one in later:
             one.start(server, node)
         copier = Copier(server, node, _print_trouble)
@@ -335,13 +338,15 @@ def _follow_strangers(server: Server, node: Node) -> None:
     node.unknown.start(server)
 
 
-def _watch(server: Server, node: Node, measurer: Any, path: str) -> None:
+def _watch(server: Server, node: Node, measurer: Any, path: str, first: First) -> None:
     """The first measurement was made here, and so are those before this: no client waits for the modules."""
     from kvmneg.service.watching.again import Again
     from kvmneg.service.watching.watch import Watcher
 
     node.again = Again(server, node, measurer, path)
     node.again.done.append(server.unpark)
+    if first.hangs():
+        node.again.beside(first.hangs)
     Watcher(server, node, path).start()
 
 

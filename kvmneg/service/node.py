@@ -103,7 +103,10 @@ class Node(Standing):
     # -- the host ---------------------------------------------------------------------------------
 
     def measure(self) -> None:
-        """Measure again; a host that cannot be measured keeps the reason and grants nothing."""
+        """Measure again; a host that cannot be measured keeps the reason and grants nothing.
+
+        Raises kvmneg.service.watching.again.Measuring while a child does it.
+        """
         if self.again is not None:
             self.again.now()
             return

@@ -310,24 +310,66 @@ def test_what_changes_meanwhile_is_measured_too(node: Node, host: Apart, apart: 
     assert not offers(node)
 
 
-def test_a_commit_waits_for_it(node: Node, host: Apart, apart: Again) -> None:
+def commit(node: Node) -> dict[str, Any]:
+    return moves.commit(node, None, AUDIT)
+
+
+@pytest.fixture
+def raising(node: Node) -> Node:
+    """With a proposal that can be committed."""
     node.pin("level:x86-64-v2", None, None, AUDIT)
     moves.raise_(node, Asked("host"), None, AUDIT)
-    before = node.measurements
-    assert moves.commit(node, None, AUDIT)["generation"] == 2
-    assert node.measurements == before + 1 and not apart.busy
+    return node
+
+
+def test_a_commit_is_put_off_until_it_is_done(raising: Node, apart: Again, loop: Turning) -> None:
+    """The loop turns meanwhile; the same call, made again, measures no second time."""
+    before = raising.measurements
+    for _ in range(3):
+        with pytest.raises(Measuring):
+            commit(raising)
+    loop.until(lambda: not apart.busy)
+    assert raising.measurements == before + 1
+    assert commit(raising)["generation"] == 2
+    assert raising.measurements == before + 1 and not apart.busy
+
+
+def test_each_commit_has_a_measurement_of_its_own(raising: Node, apart: Again, loop: Turning) -> None:
+    """One that was begun for a call whose caller has gone serves no other a while later."""
+    with pytest.raises(Measuring):
+        commit(raising)
+    loop.until(lambda: not apart.busy)
+    loop.ahead += 2
+    with pytest.raises(Measuring):
+        commit(raising)
+    loop.until(lambda: not apart.busy)
+    assert commit(raising)["generation"] == 2
+
+
+def test_one_that_was_under_way_before_a_commit_is_not_enough(
+    raising: Node, host: Apart, apart: Again, loop: Turning
+) -> None:
+    host.how = hang
+    apart.begin()
+    before, host.how = apart._child, None
+    with pytest.raises(Measuring):
+        commit(raising)
+    assert apart.busy and apart._child != before
+    loop.until(lambda: not apart.busy)
+    assert commit(raising)["generation"] == 2
 
 
 def test_a_commit_does_not_wait_for_ever(
-    node: Node, host: Apart, apart: Again, monkeypatch: pytest.MonkeyPatch
+    raising: Node, host: Apart, apart: Again, loop: Turning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node.pin("level:x86-64-v2", None, None, AUDIT)
-    moves.raise_(node, Asked("host"), None, AUDIT)
     monkeypatch.setattr(limits, "MEASURE_SECONDS", 0.05)
     host.how = hang
+    with pytest.raises(Measuring):
+        commit(raising)
+    loop.until(lambda: not apart.busy)
     with pytest.raises(NoKvm, match=r"did not end in 0\.05 seconds"):
-        moves.commit(node, None, AUDIT)
-    assert node.generation == 1
+        commit(raising)
+    assert raising.generation == 1
 
 
 @pytest.mark.parametrize("what", ["process", "descriptor", "device"])
@@ -409,7 +451,7 @@ class InTree(Daemon):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "--kvm", str(folder / "dev/kvm"))
-        self.folder = folder
+        self.folder, self.before = folder, ""
         for name in ("dev", "sys/module/kvm/parameters", "proc"):
             (folder / name).mkdir(parents=True)
         (folder / "dev/kvm").touch()
@@ -426,7 +468,7 @@ class InTree(Daemon):
     def command(self, *wrapped: str) -> list[str]:
         words = super().command(*wrapped)
         place = words.index("-m")
-        return [*words[:place], "-c", _PROGRAM, str(self.folder), *words[place + 2 :]]
+        return [*words[:place], "-c", f"{self.before}\n{_PROGRAM}", str(self.folder), *words[place + 2 :]]
 
 
 def watches(daemon: Daemon) -> None:
@@ -489,6 +531,69 @@ def test_a_daemon_whose_measurement_hangs_answers_the_others(in_tree: InTree) ->
         os.close(os.open(in_tree.folder / "fifo", os.O_RDONLY | os.O_NONBLOCK))
         waiting.join(20)
         assert isinstance(got[0], dict) and got[0]["digest"] == digest
+
+
+def test_a_commit_while_kvm_hangs_keeps_nobody_waiting(in_tree: InTree) -> None:
+    in_tree.start()
+    with in_tree.client() as admin, in_tree.client() as other:
+        watches(in_tree)
+        admin.fence_pin("a test", source="level:x86-64-v2")
+        admin.fence_raise("a test", source="host")
+        in_tree.put("hang", "")
+        got: list[object] = []
+        waiting = threading.Thread(target=lambda: got.append(admin.fence_commit("a test")))
+        waiting.start()
+        children = Path(f"/proc/{in_tree.process.pid}/task/{in_tree.process.pid}/children")  # type: ignore[union-attr]
+        until(lambda: bool(children.read_text().split()))
+        for _ in range(50):
+            assert other.call("org.kvmneg.Fence.Get")["generation"] == 1
+        assert got == []
+        (in_tree.folder / "hang").unlink()
+        os.close(os.open(in_tree.folder / "fifo", os.O_RDONLY | os.O_NONBLOCK))
+        waiting.join(20)
+        assert isinstance(got[0], dict) and got[0]["generation"] == 2
+
+
+def test_a_daemon_starts_though_its_first_measurement_hangs(in_tree: InTree) -> None:
+    """It serves what is stored, grants nothing, and says why; it measures again when KVM has let go of the first."""
+    in_tree.start()
+    with in_tree.client() as client:
+        digest = client.fence_pin("a test", source="host")["digest"]
+    in_tree.end(signal.SIGTERM)
+    in_tree.put("hang", "")
+    in_tree.before = (
+        "from kvmneg import limits; limits.MEASURE_SECONDS = 0.5; limits.MEASURE_RETRY_SECONDS = 0.2"
+    )
+    in_tree.start()
+    with in_tree.client() as client:
+        fence = client.fence_get()
+        assert (fence["digest"], fence["state"]) == (digest, "unmeasured")
+        with pytest.raises(NoKvm, match=r"did not end in 0\.5 seconds: its KVM does not answer") as caught:
+            client.negotiate({"max": True})
+        assert caught.value.fields["cause"] == "wedged"
+        watches(in_tree)
+        time.sleep(1)  # several times MEASURE_RETRY_SECONDS
+        assert in_tree.process is not None
+        pid = in_tree.process.pid
+        assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""  # none beside it
+        (in_tree.folder / "hang").unlink()
+        os.close(os.open(in_tree.folder / "fifo", os.O_RDONLY | os.O_NONBLOCK))
+        until(lambda: client.fence_get()["state"] == "pinned")
+    assert in_tree.errors.read_text().count("its KVM does not answer") == 1
+
+
+def test_a_daemon_with_a_first_measurement_that_hangs_can_be_stopped(in_tree: InTree) -> None:
+    in_tree.before = "from kvmneg import limits; limits.MEASURE_SECONDS = 0.1"
+    in_tree.put("hang", "")
+    in_tree.start()
+    with in_tree.client() as client:
+        assert client.fence_get()["state"] == "unmeasured"
+    in_tree.end(signal.SIGTERM)
+    assert not os.path.exists(in_tree.socket)
+    (in_tree.folder / "hang").unlink()
+    in_tree.start()
+    with in_tree.client() as client:
+        assert client.fence_get()["state"] == "floating"
 
 
 def test_a_daemon_is_restarted_beside_a_child_that_hangs(in_tree: InTree) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from kvmneg import __version__
 from tests.conftest import kvm_problem
+from tests.units import trees
 from tests.units.held import VM, guests, holding, stored
 
 if TYPE_CHECKING:
@@ -187,3 +188,49 @@ def test_this_host_is_measured(boot: Callable[..., Installed]) -> None:
     host.wait(
         "they are gone", lambda: not json.loads(host.run("kvmneg", "--json", "guests").stdout)["unknown"]
     )
+
+
+WEDGED = """
+import os as _os
+Measurer.take = lambda self: _os.open("/var/fifo", _os.O_WRONLY)  # waits in the kernel for a reader
+"""
+
+
+def test_a_kvm_that_hangs_at_start(boot: Callable[..., Installed]) -> None:
+    """It becomes ready all the same, says why nothing is granted, and can be restarted beside what hangs."""
+    host = boot()
+    source = host.root / PACKAGE / "host/measure.py"
+    source.write_text(source.read_text() + WEDGED)
+    (host.root / "etc/kvmneg").mkdir(exist_ok=True)
+    (host.root / SETTINGS).write_text("[limits]\nMEASURE_SECONDS = 2\n")
+    host.run("mkfifo", "--mode=0666", "/var/fifo")
+    host.enable()
+    for _ in range(2):
+        done = host.run("kvmneg", "negotiate", "--level", "x86-64-v2", check=False)
+        assert done.returncode == 3 and "its KVM does not answer" in done.stderr
+        assert "unmeasured" in host.status_text()
+        assert host.run("kvmneg", "fence", "show").returncode == 0
+        host.run("systemctl", "restart", "kvmneg.service")
+    fields = ("KVMNEG_EVENT=host-unmeasured", "KVMNEG_CAUSE=wedged")
+    told = host.run("journalctl", "--no-pager", "--output=cat", *fields).stdout
+    assert told.count("measuring this host did not end in 2 seconds: its KVM does not answer") == 3
+    assert host.show("kvmneg.service", "NRestarts") == {"NRestarts": "0"}
+
+
+def test_more_connections_than_the_manager_keeps(served: Installed) -> None:
+    """Said at start, until the unit has room for as many."""
+    (served.root / "etc/kvmneg").mkdir(exist_ok=True)
+    (served.root / SETTINGS).write_text("[limits]\nCONNECTIONS = 2000\nCONNECTIONS_PER_UID = 1500\n")
+    served.run("kvmneg", "guests")
+    said = "up to 2000 connections may keep a lease, and the service manager has room for 1024"
+    served.wait("it is told", lambda: said in served.journal("kvmneg.service"))
+    served.run("systemctl", "reload", "kvmneg.service")
+    served.wait("again", lambda: served.journal("kvmneg.service").count(said) == 2)
+    if trees.SUITES[served.suite] < 254:
+        return  # its manager does not tell the daemon how many it keeps
+    served.drop_in("FileDescriptorStoreMax=2000")
+    served.run("systemctl", "restart", "kvmneg.service")
+    served.wait("another start", lambda: served.journal("kvmneg.service").count("started: ") == 2)
+    served.run("systemctl", "reload", "kvmneg.service")
+    served.wait("another reload", lambda: served.journal("kvmneg.service").count("reloaded") == 2)
+    assert served.journal("kvmneg.service").count(said) == 2

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import sys
 
@@ -50,6 +49,9 @@ if TYPE_CHECKING:
 _REPORT, _ERROR = b"R", b"E"
 _PIPE = 3  # the child's one descriptor beside the standard ones
 _CHUNK_BYTES = 64 * 1024
+_AWAITED_SECONDS = (
+    1.0  # from a measurement's end to the next turn of the call that waits for it, on a busy machine too
+)
 _END_SECONDS = 1.0  # from a child's last word to its end, on a busy machine too
 
 
@@ -78,6 +80,13 @@ class Again:
         self._once_more = False
         self._ending: list[int] = []  # children that have told, or were killed, and are not reaped yet
         self._wedged = False
+        self._elsewhere: Callable[[], bool] = lambda: (
+            False
+        )  # whether another measurement hangs than a child's
+        self._awaited = (
+            False  # the one under way, or that has just ended, was begun for a call that waits for it
+        )
+        self._ended = 0.0  # when the last one did
         self._pause = 0.0  # after a measurement that hung, while one does
         self._not_before = 0.0
 
@@ -118,19 +127,27 @@ class Again:
             function()
 
     def now(self) -> None:
-        """Measure and wait for it, for MEASURE_SECONDS at most: what an admin commits is judged by it."""
+        """Measure for the call at hand: what an admin commits is judged by it.
+
+        Raises Measuring while that is under way; asked again when it has ended it returns, whatever came of it.
+        """
+        if self._awaited and self.busy:
+            raise Measuring
+        awaited, self._awaited = self._awaited, False
+        if awaited and self._loop.clock() - self._ended < _AWAITED_SECONDS:
+            return  # else who waited for that one has gone
         if self.busy:  # begun before it was asked for
             self._forget_child(kill=True)
         self.begin()
-        end = self._loop.clock() + limits.MEASURE_SECONDS
-        while self.busy:
-            left = end - self._loop.clock()
-            poll = select.poll()  # its child may be another one by now
-            poll.register(self._fd, select.POLLIN)
-            if left <= 0:
-                self._late()
-            elif poll.poll(left * 1000):
-                self._readable()
+        if self.busy:
+            self._awaited = True
+            raise Measuring
+
+    def beside(self, hangs: Callable[[], bool]) -> None:
+        """A measurement that somebody else began hangs: none is begun until it does not any more."""
+        self._elsewhere, self._wedged = hangs, True
+        self._pause = limits.MEASURE_RETRY_SECONDS
+        self._loop.after(self._pause, self._retry)
 
     # -- the child --------------------------------------------------------------------------------
 
@@ -171,25 +188,20 @@ class Again:
 
     def _late(self) -> None:
         """It hangs. Killed, it ends as soon as the kernel lets it."""
+        from kvmneg.host import wedged  # rarely
+
+        fault = wedged.fault(limits.MEASURE_SECONDS, self._child)
         self._forget_child(kill=True)
         self._wedged = True
         self._measurer.doubt()
         self._pause = self._pause or limits.MEASURE_RETRY_SECONDS
         self._loop.after(self._pause, self._retry)
-        seconds = f"{limits.MEASURE_SECONDS:g}"
-        self._adopt(
-            None,
-            NoKvm(
-                f"measuring this host did not end in {seconds} seconds: its KVM does not answer",
-                hint="the kernel's log may say why; it is tried again by itself",
-                cause="wedged",
-            ),
-        )
+        self._adopt(None, fault)
 
     def _retry(self) -> None:
         self._pause = min(2 * self._pause, limits.MEASURE_RETRY_MOST_SECONDS)
         self._reap()
-        if self._ending:  # it hangs still, and another one would too
+        if self._ending or self._elsewhere():  # it hangs still, and another one would too
             self._loop.after(self._pause, self._retry)
             return
         self._wedged = False
@@ -230,6 +242,7 @@ class Again:
             if once_more:
                 self.begin()
             if not self.busy:
+                self._ended = self._loop.clock()
                 for function in self.done:
                     function()
 
