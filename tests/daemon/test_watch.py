@@ -242,20 +242,27 @@ def test_events_that_come_together_are_one_look(
 
 
 _IN_NAMESPACE = """
-import sys
+import select, sys
+from pyroute2.netlink.uevent import UeventSocket
 from kvmneg.host.uevents import Uevents
-import select
-events = Uevents()
+events, others = Uevents(), UeventSocket()
+others.bind()
 with open("/sys/class/net/lo/uevent", "w") as file:
     file.write("change")
 assert select.select([events.fileno()], [], [], 20)[0]
-for message in events.read()[0]:
-    print(message.split(b"\\0")[0].decode())
+messages, lost = events.read()
+for message, other in zip(messages, others.get(), strict=True):
+    header, *fields = message.decode().rstrip("\\0").split("\\0")
+    other.pop("attrs")
+    assert other.pop("header")["message"] == header
+    assert other == dict(field.split("=", 1) for field in fields), (other, fields)
+    print(header)
+others.close()
 """
 
 
 def test_the_kernel_s_own_messages() -> None:
-    """In a network namespace, whose devices' events stay there."""
+    """In a network namespace, whose devices' events stay there; pyroute2 reads the same in them."""
     if os.geteuid():
         pytest.skip("needs root: a network namespace")
     command = [*unshare("--net", "--mount"), "sh", "-ec", 'mount -t sysfs none /sys; exec "$@"', "sh"]
