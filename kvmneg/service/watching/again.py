@@ -49,9 +49,8 @@ if TYPE_CHECKING:
 _REPORT, _ERROR = b"R", b"E"
 _PIPE = 3  # the child's one descriptor beside the standard ones
 _CHUNK_BYTES = 64 * 1024
-_AWAITED_SECONDS = (
-    1.0  # from a measurement's end to the next turn of the call that waits for it, on a busy machine too
-)
+# from a measurement's end to the next turn of the call that waits for it, on a busy machine too
+_AWAITED_SECONDS = 1.0
 _END_SECONDS = 1.0  # from a child's last word to its end, on a busy machine too
 
 
@@ -80,12 +79,10 @@ class Again:
         self._once_more = False
         self._ending: list[int] = []  # children that have told, or were killed, and are not reaped yet
         self._wedged = False
-        self._elsewhere: Callable[[], bool] = lambda: (
-            False
-        )  # whether another measurement hangs than a child's
-        self._awaited = (
-            False  # the one under way, or that has just ended, was begun for a call that waits for it
-        )
+        # whether another measurement hangs than a child's
+        self._elsewhere: Callable[[], bool] = lambda: False
+        # whether the one under way, or that has just ended, was begun for a call that waits for it
+        self._awaited = False
         self._ended = 0.0  # when the last one did
         self._pause = 0.0  # after a measurement that hung, while one does
         self._not_before = 0.0
