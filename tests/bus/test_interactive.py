@@ -27,7 +27,7 @@ PIN = ("org.kvmneg1", "/org/kvmneg1", FENCE, "Pin", "sa{sv}", "a test", "1", "fr
 # As pkttyagent(1) is called by systemctl: it says that it is ready by closing the descriptor, and lives until ended.
 AGENT = """\
 #!/bin/sh
-echo "$PPID $1 $3" >"$AGENT_LOG"
+echo "$$ $PPID $1 $3" >"$AGENT_LOG"
 eval "exec $2>&-"
 exec sleep 60
 """
@@ -96,9 +96,9 @@ def test_a_command_on_a_terminal_has_an_agent_and_lets_it_ask(terminal: Terminal
     assert done.returncode == 0, done.stderr
     (asked,) = polkit.asked()
     assert asked["flags"] == 1
-    assert terminal.log.read_text() == f"{asked['subject']['pid']} --notify-fd --fallback\n"
-    agents = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
-    assert str(terminal.agent) not in agents  # it ended with the command
+    pid, *words = terminal.log.read_text().split()
+    assert words == [str(asked["subject"]["pid"]), "--notify-fd", "--fallback"]
+    assert not os.path.exists(f"/proc/{pid}")  # it ended with the command
 
 
 @pytest.mark.parametrize(

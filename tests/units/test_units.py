@@ -29,7 +29,8 @@ UNITS = (
     "kvmneg-measure@x.service",
 )
 INTERFACES = sorted(
-    path.name.removesuffix(".varlink") for path in (TOP / "kvmneg/service").glob("org.kvmneg*.varlink")
+    path.name.removesuffix(".varlink")
+    for path in (TOP / "kvmneg/service/interfaces").glob("org.kvmneg*.varlink")
 )
 EXPOSURE = 0.8  # of ten
 
@@ -106,7 +107,7 @@ def test_varlinkctl_introspect_and_validate(shared: Installed, interface: str) -
     told = shared.run("varlinkctl", "introspect", SOCKET, interface).stdout
     # with a terminal's colours or without; the parser writes it anew
     assert f"interface {interface}" in re.sub(r"\x1b\[[0-9;]*m", "", told)
-    shared.run("varlinkctl", "validate-idl", f"{PACKAGE}/service/{interface}.varlink")
+    shared.run("varlinkctl", "validate-idl", f"{PACKAGE}/service/interfaces/{interface}.varlink")
 
 
 @pytest.mark.usefixtures("varlinkctl")
