@@ -88,6 +88,15 @@ def test_a_daemon_that_hangs_is_replaced(served: Installed) -> None:
         assert holder.do("ask") == __version__
 
 
+def test_a_child_that_does_not_end_holds_up_no_restart(served: Installed) -> None:
+    """As the one that serves D-Bus, while callers keep it from seeing that the daemon has gone."""
+    served.drop_in("TimeoutStopSec=infinity", "ExecStartPost=sh -c 'trap \"\" TERM; sleep 600 &'")
+    served.run("kvmneg", "guests")
+    pid = kill(served)
+    served.wait("another daemon", lambda: served.restarted(pid))
+    served.run("systemctl", "stop", "kvmneg.service")
+
+
 def test_reload(served: Installed) -> None:
     """A good file is taken without a restart; a bad one fails the reload, and changes nothing."""
     served.run("kvmneg", "guests")
