@@ -48,7 +48,7 @@ def main() -> int:
         if not arguments.check:
             serve(arguments)
     except KvmnegError as error:
-        sys.stderr.write(f"kvmnegd: {error}\n")
+        _refuse(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -58,6 +58,17 @@ def main() -> int:
         print_exc()
         return KvmnegError.exit_code
     return 0
+
+
+def _refuse(error: KvmnegError) -> None:
+    """Why there is no daemon; of a reload's check, why its settings stay as they were."""
+    if "--check" in sys.argv:
+        from kvmneg.service import journal, telling
+
+        if journal.stderr_is_journal():
+            telling.not_reloaded(str(error.fields.get("file") or ""), error)
+            return
+    sys.stderr.write(f"kvmnegd: {error}\n")
 
 
 def serve(arguments: Options) -> None:

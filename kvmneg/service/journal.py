@@ -114,7 +114,7 @@ def event(name: str, *lines: str, **fields: object) -> None:
         if field.upper() in allowed and value is not None:
             sent[f"KVMNEG_{field.upper()}"] = _value(value)
     to_journal = _has_journal() and _send({"MESSAGE": "\n".join(shown), **sent})
-    if name in _JOURNAL_ONLY or (to_journal and _stderr_is_journal()):
+    if name in _JOURNAL_ONLY or (to_journal and stderr_is_journal()):
         return
     try:
         sys.stderr.write("".join(map(_prefixed, shown)))
@@ -160,11 +160,14 @@ def _has_journal() -> bool:
     starts the daemon by hand looks at the terminal.
     """
     of_unit = os.environ.get("JOURNAL_STREAM") or os.environ.get("NOTIFY_SOCKET")
-    return (_stderr_is_journal() or bool(of_unit)) and os.path.exists(SOCKET)
+    return (stderr_is_journal() or bool(of_unit)) and os.path.exists(SOCKET)
 
 
-def _stderr_is_journal() -> bool:
-    """JOURNAL_STREAM is inherited by whatever is started below a unit: only the stream itself counts."""
+def stderr_is_journal() -> bool:
+    """Whether this process writes its errors there.
+
+    JOURNAL_STREAM is inherited by whatever is started below a unit: only the stream itself counts.
+    """
     stream = os.environ.get("JOURNAL_STREAM")
     if not stream:
         return False

@@ -81,7 +81,7 @@ class Reloader:
         systemd.reloading()
         file = self._arguments.config
         try:
-            found = settings.load(file)
+            found = settings.load(file, groups=True)
         except KvmnegError as error:
             telling.not_reloaded(file, error)
             systemd.ready(f"{self._tell()}; settings not reloaded: {error.message}")

@@ -78,21 +78,21 @@ def parse(words: list[str]) -> Options:
         raise UsageError(f"--{empty[0]} needs a value", hint="see kvmnegd --help")
     if "kvm" in values and "report" in values:
         raise UsageError("--kvm and --report exclude each other", hint="a recorded report measures nothing")
-    settings = _settings(values)
+    settings = _settings(values, check=check)
     if settings is not None:
         found = {"socket": settings.socket, "state": settings.state}
         values = {name: value for name, value in found.items() if value} | values
     return Options(**values, check=check, settings=settings)
 
 
-def _settings(values: dict[str, str]) -> Settings | None:
+def _settings(values: dict[str, str], *, check: bool) -> Settings | None:
     """Those of the file; where it was named it has to be there."""
     file = values.get("config", DEFAULT_CONFIG)
     if "config" not in values and not os.path.lexists(file):
         return None
     from kvmneg.service import settings  # tomllib costs 5 ms: for who has a file
 
-    found = settings.load(file)
+    found = settings.load(file, groups=check)
     if found is None and "config" in values:
         raise UsageError(f"there is no file {file}", hint="see kvmneg.toml(5)")
     return found

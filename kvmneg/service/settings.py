@@ -6,6 +6,8 @@ Imported only where the file is there. A file is taken whole or not at all; a mi
 
 from __future__ import annotations
 
+import os
+import stat
 import tomllib
 
 from kvmneg import limits
@@ -167,19 +169,31 @@ def apply(settings: Settings | None) -> None:
     authorization.admin_group = settings.admin_group if settings else _ADMIN_GROUP
 
 
-def load(file: str) -> Settings | None:
-    """The settings of a file, None where there is none. Raises BadInput with line and key, and changes nothing."""
+def load(file: str, *, groups: bool = False) -> Settings | None:
+    """The settings of a file, None where there is none. Raises BadInput with line and key, and changes nothing.
+
+    With `groups` the group of admins must be there. A start does not ask: who knows it may come up later than this.
+    """
     try:
-        with open(file, "rb") as opened:
-            data = opened.read(FILE_BYTES + 1)
+        # not waited for: a FIFO that nobody writes to would hang the daemon
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BadInput(f"cannot be read: {error.strerror}", file=file) from None
-    return parse(data, file)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BadInput("is no regular file", file=file)
+        with open(descriptor, "rb", closefd=False) as opened:
+            data = opened.read(FILE_BYTES + 1)
+    except OSError as error:
+        raise BadInput(f"cannot be read: {error.strerror}", file=file) from None
+    finally:
+        os.close(descriptor)
+    return parse(data, file, groups=groups)
 
 
-def parse(data: bytes, file: str) -> Settings:
+def parse(data: bytes, file: str, *, groups: bool = False) -> Settings:
     """The settings in a file's bytes. Raises BadInput."""
     if len(data) > FILE_BYTES:
         raise BadInput(f"larger than {FILE_BYTES} bytes", file=file)
@@ -194,6 +208,8 @@ def parse(data: bytes, file: str) -> Settings:
     reader.known("", table, (*KEYS, "limits"))
     for key in KEYS:
         reader.text(key, table)
+    if groups and "admin-group" in table:
+        reader.group("admin-group", table)
     return Settings(file, table, reader.limits(table.get("limits", {})))
 
 
@@ -227,6 +243,14 @@ class _Reader:
         if not good or (KEYS[key] == "/…" and not value.startswith("/")):
             what = "an absolute path" if KEYS[key] == "/…" else KEYS[key]
             self._refuse("", key, f"must be {what}, in quotation marks")
+
+    def group(self, key: str, table: dict[str, Any]) -> None:
+        import grp
+
+        try:
+            grp.getgrnam(table[key])
+        except KeyError:
+            self._refuse("", key, f"there is no group {table[key]}")
 
     def limits(self, table: object) -> dict[str, float]:
         if not isinstance(table, dict):

@@ -103,6 +103,7 @@ def test_mistakes_have_line_and_key(text: str, line: int, said: str, hint: str) 
     with pytest.raises(BadInput) as caught:
         parse(text.encode(), "kvmneg.toml")
     assert caught.value.fields["line"] == line
+    assert caught.value.fields.get("key") == (None if "TOML" in said else said.partition(":")[0])
     assert f"kvmneg.toml:{line}: {said}" in caught.value.message
     assert hint in caught.value.hint
 
@@ -118,6 +119,25 @@ def test_mistakes_have_line_and_key(text: str, line: int, said: str, hint: str) 
 def test_what_is_no_text_at_all(data: bytes, said: str) -> None:
     with pytest.raises(BadInput, match=said):
         parse(data, "x")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path):
+        with pytest.raises(BadInput, match="is no regular file"):
+            settings.load(str(path))
+
+
+def test_a_group_that_is_not_there_is_refused_but_at_the_start(tmp_path: Path) -> None:
+    """A reload that takes a mistyped group would shut all admins out; at the start who knows it may not be up."""
+    file = tmp_path / "kvmneg.toml"
+    file.write_text("\nadmin-group = 'no such group'\n")
+    with pytest.raises(BadInput, match="toml:2: admin-group: there is no group no such group"):
+        settings.load(str(file), groups=True)
+    found = settings.load(str(file))
+    assert found is not None and found.admin_group == "no such group"
+    with pytest.raises(BadInput, match="admin-group"):
+        parse_options(["--check", "--config", str(file)])
 
 
 @pytest.mark.usefixtures("as_delivered")

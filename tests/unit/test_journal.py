@@ -198,7 +198,7 @@ def sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]
     """The messages of a daemon whose stderr is the journal's stream."""
     found: list[dict[str, str]] = []
     monkeypatch.setattr(journal, "SOCKET", str(tmp_path))
-    monkeypatch.setattr(journal, "_stderr_is_journal", lambda: True)
+    monkeypatch.setattr(journal, "stderr_is_journal", lambda: True)
     monkeypatch.setattr(journal, "_send", lambda fields: found.append(fields) or True)
     return found
 

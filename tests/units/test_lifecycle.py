@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmneg import __version__
+from kvmneg.service.journal import EVENTS
 from tests.conftest import kvm_problem
 from tests.units import trees
 from tests.units.held import VM, guests, holding, stored
@@ -33,6 +34,12 @@ def kill(host: Installed, number: int = signal.SIGKILL) -> int:
     pid = host.main_pid()
     host.run("kill", f"-{number}", str(pid))
     return pid
+
+
+def events(host: Installed, name: str) -> list[dict[str, str]]:
+    """The fields of what the journal has of one kind."""
+    words = ("journalctl", "--no-pager", "--output=json", f"MESSAGE_ID={EVENTS[name][0]}")
+    return [json.loads(line) for line in host.run(*words).stdout.splitlines()]
 
 
 def test_the_first_call_starts_it(boot: Callable[..., Installed]) -> None:
@@ -102,6 +109,7 @@ def test_reload(served: Installed) -> None:
     served.run("kvmneg", "guests")
     pid = served.main_pid()
     settings = served.root / SETTINGS
+    settings.parent.mkdir()
     settings.write_text("[limits]\nREASON_CHARACTERS = 20\n")
     long = ("kvmneg", "fence", "pin", "--from", "host", "--reason", "more than twenty characters")
     served.run("systemctl", "reload", "kvmneg.service")
@@ -119,6 +127,12 @@ def test_reload(served: Installed) -> None:
     served.wait("why", lambda: "settings not reloaded" in served.status_text())
     assert served.run(*long, check=False).returncode
     assert "the settings stay as they were" in served.journal("kvmneg.service")
+
+    for told, fields in (("reloaded", {"FILE"}), ("reload-refused", {"FILE", "LINE", "KEY", "REASON"})):
+        entries = events(served, told)
+        assert all({f"KVMNEG_{name}" for name in fields} <= set(one) for one in entries)
+        assert len(entries) == (1 if told == "reloaded" else 2)  # refused by the check, then by the daemon
+        assert "KVMNEG_" not in served.run("journalctl", "-x", f"MESSAGE_ID={EVENTS[told][0]}").stdout
 
     settings.unlink()
     served.run("systemctl", "reload", "kvmneg.service")
