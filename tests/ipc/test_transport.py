@@ -306,22 +306,51 @@ def test_stopping_hands_out_what_is_queued(serve):
     assert wire.closed() and watcher.closed() and idle.closed()
 
 
-def test_stopping_with_calls_left_over(serve):
-    """Calls that are not answered yet are not waited for; the replies before them are handed out."""
-    served = serve(reply_bytes=3_000_000, CALLS_PER_TURN=1, STOP_SECONDS=300)
-    wire = served.connect()
+def test_stopping_answers_what_was_sent(serve):
+    """Calls in the buffer, and those that nobody has read yet, on this connection and on others."""
+    served = serve(CALLS_PER_TURN=1, STOP_SECONDS=300)
+    wire, other = served.connect(), served.connect()
+    assert other.ask("org.example.toy.Count") == {"parameters": {"count": 1}}
+    call = b'{"method":"org.example.toy.Count"}\0'
+    count = served.toy._count
 
-    def stop(*_):
+    def stop(*arguments):
+        served.toy._count = count
+        other.send(call * 100)
         served.server.stop()
         return {"count": 0}
 
     served.toy._count = stop
-    wire.send(b'{"method":"org.example.toy.Big"}\0')
-    served.wait(lambda: served.server.queued_bytes > 1_000_000)
-    wire.read()
-    wire.send(b'{"method":"org.example.toy.Count"}\0' * 100)
+    wire.send(call * 101)
     assert wire.read() == {"parameters": {"count": 0}}
-    served.wait(lambda: served.server.connections == 0)
+    for one in (wire, other):
+        for _ in range(100):
+            assert "count" in one.read()["parameters"]
+        assert one.closed()
+        with pytest.raises(BrokenPipeError):  # it knows that this was not read
+            one.send(call)
+
+
+def test_stopping_leaves_a_kept_connection_between_two_calls(serve):
+    """The next daemon serves it on: what was read is answered, the rest stays in the socket."""
+    served = serve(STOP_SECONDS=300)
+    wire = served.connect()
+    call = b'{"method":"org.example.toy.Count"}\0'
+    assert wire.ask("org.example.toy.Count") == {"parameters": {"count": 1}}
+    (connection,) = served.server._connections.values()
+    connection.on_closed = lambda _: None
+    kept = connection.socket.dup()
+    wire.send(call + call[:10])
+    assert wire.read() == {"parameters": {"count": 2}}
+    served.wait(lambda: connection.buffer)
+    served.server.stop()
+    wire.send(call[10:])
+    assert wire.read() == {"parameters": {"count": 3}}
+    served.wait(lambda: connection.closed)
+    wire.send(call)
+    kept.settimeout(20)
+    assert kept.recv(100) == call
+    kept.close()
 
 
 def test_stopping_from_several_threads_and_again(serve):

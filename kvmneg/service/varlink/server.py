@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import time
 from collections import deque
 
@@ -34,7 +35,6 @@ from kvmneg.service.varlink.subscriptions import Subscriptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
     from typing import Any
 
@@ -372,21 +372,32 @@ class Server(Loop):
     # --- the end
 
     def _finish(self) -> None:
-        """Hand out what is queued, for STOP_SECONDS at most, then close everything."""
+        """Answer what was sent up to now and hand it out, for STOP_SECONDS at most, then close everything."""
         deadline = self.clock() + self._limits.STOP_SECONDS
-        for connection in list(self._connections.values()):
-            connection.buffer, connection.ended, connection.waits = b"", True, False
-            if connection.busy or not connection.queue:
-                self.close_connection(connection)
-            else:
-                self._settle(connection)
-        self.acceptor.close()
+        self.acceptor.close()  # whoever connects now is the next daemon's
         self.unwatch_fd(self._wake)
+        for connection in list(self._connections.values()):
+            if connection.on_closed is None:
+                # its peer is told by EPIPE what came too late, and loses nothing that did not
+                connection.socket.shutdown(socket.SHUT_RD)
+        self._close_done()
         while self._connections and (left := deadline - self.clock()) > 0:
-            for fd, events in self.epoll.poll(left, _EVENTS_PER_TURN):
+            for fd, events in self.epoll.poll(0.0 if self._backlog else left, _EVENTS_PER_TURN):
                 if fd in self._connections:
                     self._event(self._connections[fd], events)
+            self._work_off()
+            self._close_done()
         for connection in list(self._connections.values()):
             self.close_connection(connection)
         self.epoll.close()
         os.close(self._wake)
+
+    def _close_done(self) -> None:
+        """At the end: close whose answer comes some other time, and, between two calls, what the next daemon serves on.
+
+        Half a call would be lost with the one that read it.
+        """
+        for connection in list(self._connections.values()):
+            between = not (connection.buffer or connection.queue or connection.waits)
+            if connection.busy or connection.parked or (connection.on_closed is not None and between):
+                self.close_connection(connection)
