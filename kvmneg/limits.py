@@ -108,7 +108,8 @@ WAIVERS = 1024  # unknown guests of one boot that do not block
 GUEST_NAME_CHARACTERS = 256  # of what a command line calls a guest
 
 # what is told (kvmneg.service.journal)
-EVENT_BURST = 10  # messages of one kind that clients can bring about, in EVENT_SECONDS; the rest are counted
+EVENT_BURST = 100  # messages of one kind that clients can bring about, in EVENT_SECONDS; the rest are counted
+EVENT_BURST_PER_UID = 10  # of those, by one user: nobody's are hidden by another's
 EVENT_SECONDS = 60.0
 EVENT_LINE_CHARACTERS = 2048  # of one line of a message
 EVENT_FIELD_CHARACTERS = 4096  # of one field

@@ -3,7 +3,8 @@
 
 `event` is the one way for anything the daemon tells. Under systemd it becomes a message with KVMNEG_* fields, of which
 units/kvmneg.catalog has the text for `journalctl -x`; elsewhere lines on stderr. Those that a client can bring about as
-often as it likes are told EVENT_BURST times in EVENT_SECONDS, then counted.
+often as it likes are told EVENT_BURST_PER_UID times of each user in EVENT_SECONDS, EVENT_BURST times of all, then
+counted.
 
 The only module that imports systemd-python's journal, and not before the first message: it costs 17 ms.
 """
@@ -86,7 +87,7 @@ EVENTS: dict[str, tuple[str, int, tuple[str, ...], bool]] = {
 # Of no use to who reads stderr: it started, as they see.
 _JOURNAL_ONLY = frozenset(("started",))
 
-_told: dict[str, tuple[float, int, int]] = {}  # name → since when, how many told, how many not
+_told: dict[str, tuple[float, dict[object, int], int]] = {}  # name → since when, told by user, how many not
 _clock: Callable[[], float] = time.monotonic
 
 
@@ -97,7 +98,7 @@ def event(name: str, *lines: str, **fields: object) -> None:
     Never raises: a log that is broken is no reason to fail a call.
     """
     number, priority, allowed, at_will = EVENTS[name]
-    left_out = _left_out(name) if at_will else 0
+    left_out = _left_out(name, fields.get("uid", fields.get("process_uid"))) if at_will else 0
     if left_out is None:
         return
     shown = [_printable(line, limits.EVENT_LINE_CHARACTERS) for line in lines]
@@ -123,16 +124,16 @@ def event(name: str, *lines: str, **fields: object) -> None:
         pass  # nobody is there to be told
 
 
-def _left_out(name: str) -> int | None:
+def _left_out(name: str, uid: object) -> int | None:
     """How many were not told since the last that was, None where this one is not told either."""
     now = _clock()
-    since, told, left_out = _told.get(name, (now, 0, 0))
+    since, told, left_out = _told.get(name, (now, {}, 0))
     if now - since >= limits.EVENT_SECONDS:
-        since, told = now, 0
-    if told >= limits.EVENT_BURST:
+        since, told = now, {}
+    if told.get(uid, 0) >= limits.EVENT_BURST_PER_UID or sum(told.values()) >= limits.EVENT_BURST:
         _told[name] = since, told, left_out + 1
         return None
-    _told[name] = since, told + 1, 0
+    _told[name] = since, {**told, uid: told.get(uid, 0) + 1}, 0
     return left_out
 
 

@@ -106,6 +106,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "WAIVERS": (1, 1_000_000),
     "GUEST_NAME_CHARACTERS": (1, 4096),
     "EVENT_BURST": (1, 65536),
+    "EVENT_BURST_PER_UID": (1, 65536),
     "EVENT_SECONDS": (1, _DAY),
     "EVENT_LINE_CHARACTERS": (256, 65536),
     "EVENT_FIELD_CHARACTERS": (256, 65536),

@@ -90,7 +90,7 @@ def test_the_page_has_no_other_event() -> None:
 
 
 def test_the_page_tells_the_limits() -> None:
-    wanted = f"told {limits.EVENT_BURST} times in {limits.EVENT_SECONDS:.0f} seconds"
+    wanted = f"told {limits.EVENT_BURST_PER_UID} times in {limits.EVENT_SECONDS:.0f} seconds"
     assert wanted in " ".join(PAGE.read_text("utf-8").split())
 
 
@@ -156,16 +156,31 @@ def test_what_clients_bring_about_is_counted(
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(journal, "_clock", lambda: now)
-    for _ in range(limits.EVENT_BURST + 7):
-        journal.event("peer-refused", "no")
-    assert capsys.readouterr().err == "kvmnegd: no\n" * limits.EVENT_BURST
-    journal.event("unknown-guest", "another kind")
+    for _ in range(limits.EVENT_BURST_PER_UID + 7):
+        journal.event("peer-refused", "no", uid=1000)
+    assert capsys.readouterr().err == "kvmnegd: no\n" * limits.EVENT_BURST_PER_UID
+    journal.event("unknown-guest", "another kind", process_uid=1000)
     assert capsys.readouterr().err == "kvmnegd: another kind\n"
     now += limits.EVENT_SECONDS
-    journal.event("peer-refused", "no")
+    journal.event("peer-refused", "no", uid=1000)
     assert capsys.readouterr().err == "kvmnegd: no\nkvmnegd: 7 more of this kind were not told\n"
-    journal.event("peer-refused", "no")
+    journal.event("peer-refused", "no", uid=1000)
     assert capsys.readouterr().err == "kvmnegd: no\n"
+
+
+@pytest.mark.parametrize(("kind", "field"), [("peer-refused", "uid"), ("unknown-guest", "process_uid")])
+def test_one_user_cannot_hide_what_another_does(
+    capsys: pytest.CaptureFixture[str], kind: str, field: str
+) -> None:
+    """Nor do many fill the journal."""
+    for _ in range(limits.EVENT_BURST_PER_UID * 2):
+        journal.event(kind, "a cloud of them", **{field: 1000})
+    capsys.readouterr()
+    journal.event(kind, "an attack", **{field: 1001})
+    assert "an attack" in capsys.readouterr().err
+    for uid in range(2000, 2000 + limits.EVENT_BURST * 2):
+        journal.event(kind, "one of many", **{field: uid})
+    assert capsys.readouterr().err.count("one of many") == limits.EVENT_BURST - limits.EVENT_BURST_PER_UID - 1
 
 
 def test_what_an_administrator_does_is_always_told(capsys: pytest.CaptureFixture[str]) -> None:
