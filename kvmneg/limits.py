@@ -18,6 +18,9 @@ CALLS_PER_TURN = 64  # answered from what one connection pipelined, before the o
 # varlink, all connections
 CONNECTIONS = 1024
 CONNECTIONS_PER_UID = 256
+# A person can have many uids (subuid(5)), and fill what all have: above it, for administrators and users of the system.
+CONNECTIONS_RESERVED = 128
+SYSTEM_UIDS = 1000  # below are users of the system: root, and those that services run as
 FIRST_CALL_SECONDS = 10.0  # a connection that sends no complete call by then is closed
 WATCHERS = 256
 WATCHERS_PER_UID = 64
@@ -47,6 +50,7 @@ REASON_CHARACTERS = 1024
 GENERATIONS = 1 << 53  # where JSON's numbers end for those who read them as double precision
 LEASES = 16384  # contracts begun and not ended, all users
 LEASES_PER_UID = 4096
+LEASES_RESERVED = 4096  # above LEASES, for users of the system (SYSTEM_UIDS)
 LEASES_FINISHED = 16384  # leases ended or expired that are kept for the record
 LEASE_UNSTARTED_SECONDS = 600.0  # a contract begun, held by no process and not started by then has expired
 HOLDERS_PER_LEASE = 2  # a VM monitor and the one that takes its VM over

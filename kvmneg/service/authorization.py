@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from kvmneg import limits
 from kvmneg.errors import NotPermitted
 
 TYPE_CHECKING = False
@@ -33,6 +34,11 @@ def is_admin(peer: Peer) -> bool:
     except KeyError:
         return False
     return admin in peer.groups
+
+
+def is_preferred(peer: Peer) -> bool:
+    """Whether what is reserved is for this peer: nobody else shuts it out, however many users they come as."""
+    return peer.uid < limits.SYSTEM_UIDS or is_admin(peer)
 
 
 def require_admin(peer: Peer, what: str, action: str) -> None:

@@ -16,7 +16,7 @@ import sys
 
 from kvmneg import limits
 from kvmneg.errors import KvmnegError, StoreError, UsageError
-from kvmneg.service import lifecycle, options, systemd
+from kvmneg.service import authorization, lifecycle, options, systemd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options, inherited:
         server.on_internal_error = _print_internal_error
         server.on_trouble = _print_trouble
         server.on_limit = _tell_limit
+        server.acceptor.preferred = authorization.is_preferred
         bus = _bus(router, arguments)
         lifecycle.schedule(server, node, arguments, lambda: _status(node), router)
         node.leases.start(server)

@@ -98,7 +98,7 @@ class Reloader:
 def raise_descriptor_limit() -> None:
     """Room for every connection and every process with a lease, beside what the daemon itself needs."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = limits.CONNECTIONS + limits.LEASES + _OWN_DESCRIPTORS
+    wanted = limits.CONNECTIONS + limits.CONNECTIONS_RESERVED + limits.LEASES + _OWN_DESCRIPTORS
     if soft < wanted and (hard == resource.RLIM_INFINITY or soft < hard):
         hardest = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hardest, hard))

@@ -74,7 +74,7 @@ def _check_room(connection: Connection, uid: int) -> None:
     # a user's own limit first: it tells one who runs away that it is them
     if _count(connection, "AND uid = ?", uid) >= limits.LEASES_PER_UID:
         raise LimitExceeded("LEASES_PER_UID", limits.LEASES_PER_UID, hint=f"uid {uid} must end some first")
-    if _count(connection, "") >= limits.LEASES:
+    if _count(connection, "") >= limits.LEASES + (limits.LEASES_RESERVED if uid < limits.SYSTEM_UIDS else 0):
         raise LimitExceeded("LEASES", limits.LEASES, hint="some must end first")
 
 

@@ -111,6 +111,18 @@ def test_connections(serve):
     assert served.connect().ask("org.example.toy.Count") == {"parameters": {"count": 5}}
 
 
+def test_some_connections_are_reserved(serve):
+    served = serve(CONNECTIONS=2, CONNECTIONS_RESERVED=1)
+    wires = [served.connect(), served.connect()]
+    assert all(wire.ask("org.example.toy.Count") for wire in wires)
+    assert refused(served.connect(), "CONNECTIONS")
+    asked = []
+    served.server.acceptor.preferred = lambda peer: asked.append(peer.uid) or True
+    assert "parameters" in served.connect().ask("org.example.toy.Count")
+    assert refused(served.connect(), "CONNECTIONS")  # those have an end too
+    assert asked == [os.getuid()]
+
+
 def test_connections_per_uid(serve):
     served = serve(CONNECTIONS_PER_UID=2)
     wires = [served.connect(), served.connect()]
@@ -225,7 +237,7 @@ def test_accept_takes_no_more_than_its_turn():
 
     told = []
     listener, server = Listener(), Server()
-    bounds = SimpleNamespace(ACCEPT_PER_TURN=7, CONNECTIONS=0, CONNECTIONS_PER_UID=1)
+    bounds = SimpleNamespace(ACCEPT_PER_TURN=7, CONNECTIONS=0, CONNECTIONS_RESERVED=0, CONNECTIONS_PER_UID=1)
     acceptor = Acceptor(server, listener, bounds)
     server.callback()
     assert listener.accepted == 7

@@ -384,6 +384,11 @@ def test_grants_are_limited_by_user_and_in_all(store: SqliteStore, monkeypatch: 
     with pytest.raises(LimitExceeded) as caught:
         store.leases.begin(grant(vm(4), uid=1002), b"contract")
     assert caught.value.fields["limit"] == "LEASES"
+    monkeypatch.setattr(limits, "LEASES_RESERVED", 1)  # many users do not keep the system's from theirs
+    system = store.leases.begin(grant(vm(4), uid=limits.SYSTEM_UIDS - 1), b"contract")
+    with pytest.raises(LimitExceeded):
+        store.leases.begin(grant(vm(5), uid=0), b"contract")
+    store.leases.end(system)
     assert store.leases.begin(grant(vm(1)), b"contract").vm == vm(1)  # the grant it has costs nothing
     store.leases.end(held(store, vm(1)))
     store.leases.begin(grant(vm(4), uid=1002), b"contract")

@@ -205,6 +205,38 @@ class TestUnprivileged:
                 assert client.get_info()["product"] == "kvmnegd"
             crowd.stdin.close()
 
+    def test_cannot_crowd_out_others_as_many_users(self, shared: Installed) -> None:
+        """Who has a range of uids (subuid(5)) is many users: not to root, to services, and to administrators."""
+        shared.run("useradd", "--no-create-home", "--groups", "kvmneg-admin", "lotte")
+        code = (
+            "import os, socket, sys\n"
+            'call = b\'{"method":"org.varlink.service.GetInfo"}\\0\'\n'
+            "def crowd(uid):\n"
+            "    held, refused = [], 0\n"
+            "    for _ in range(int(sys.argv[2])):\n"
+            "        one = socket.socket(socket.AF_UNIX); one.connect(sys.argv[1]); held.append(one)\n"
+            "        try:\n"
+            "            one.sendall(call); refused += b'LimitExceeded' in one.recv(65536)\n"
+            "        except ConnectionError:\n"
+            "            refused += 1\n"
+            "    print('refused' if refused else 'served', flush=True)\n"
+            "    sys.stdin.readline()\n"
+            "for uid in range(100000, 100000 + int(sys.argv[3])):\n"
+            "    if not os.fork():\n"
+            "        os.setuid(uid); crowd(uid); os._exit(0)\n"
+            "sys.stdin.readline()\n"
+        )
+        users = limits.CONNECTIONS // limits.CONNECTIONS_PER_UID + 1
+        each = str(limits.CONNECTIONS_PER_UID)
+        with shared.start("python3", "-c", code, SOCKET, each, str(users)) as crowd:
+            assert crowd.stdout and crowd.stdin
+            assert "refused\n" in [crowd.stdout.readline() for _ in range(users)]  # it is full
+            for user in ("", "lotte", "systemd-network"):
+                shared.run("kvmneg", "fence", "show", user=user)
+            done = shared.run("kvmneg", "fence", "show", user="nobody", check=False)
+            assert done.returncode and "CONNECTIONS" in done.stderr
+            crowd.stdin.close()
+
 
 def test_dbus_polkit_and_the_journal_know_it(shared: Installed) -> None:
     """Their files are where they look; what the interfaces do has tests of its own."""

@@ -15,9 +15,11 @@ from kvmneg.service.varlink.peer import refuse_descriptors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from kvmneg.service.varlink.loop import Timer
+    from kvmneg.service.varlink.peer import Peer
     from kvmneg.service.varlink.server import Server
 
 
@@ -32,6 +34,7 @@ class Acceptor:
         self._server = server
         self._listener = listener
         self._limits = limits
+        self.preferred: Callable[[Peer], bool] = lambda peer: False  # for whom CONNECTIONS_RESERVED are
         self._per_uid: dict[int, int] = {}
         self._new: dict[Connection, float] = {}  # no whole call sent yet → until when it may; oldest first
         self._silence: Timer | None = None
@@ -84,7 +87,7 @@ class Acceptor:
             return
         uid = connection.peer.uid
         count = self._per_uid.get(uid, 0)
-        if self._server.connections >= limits.CONNECTIONS:
+        if self._is_full(connection):
             self._refuse(connection, LimitExceeded("CONNECTIONS", limits.CONNECTIONS))
         elif count >= limits.CONNECTIONS_PER_UID:
             self._refuse(connection, LimitExceeded("CONNECTIONS_PER_UID", limits.CONNECTIONS_PER_UID))
@@ -94,6 +97,14 @@ class Acceptor:
             if self._silence is None:
                 self._silence = self._server.after(limits.FIRST_CALL_SECONDS, self._close_silent)
             self._server.add_connection(connection)
+
+    def _is_full(self, connection: Connection) -> bool:
+        limits, count = self._limits, self._server.connections
+        if count < limits.CONNECTIONS:
+            return False
+        return count >= limits.CONNECTIONS + limits.CONNECTIONS_RESERVED or not self.preferred(
+            connection.peer
+        )
 
     def _refuse(self, connection: Connection, error: LimitExceeded) -> None:
         _refuse(connection.socket, error)
