@@ -17,6 +17,7 @@ import pytest
 from kvmneg import limits
 from kvmneg.errors import BadInput, Blocked, LimitExceeded, UsageError
 from kvmneg.policy.contract import Contract
+from tests.namespaces import unshare
 
 from .test_daemon import as_user
 
@@ -125,6 +126,31 @@ def test_a_process_that_keeps_must_be_there_and_ones_own(
     assert guests(daemon) == []
     given = {"digest": as_user(65534, daemon, "org.kvmneg.Negotiate", {"request": V2})["digest"], "vm": VM}
     assert as_user(65534, daemon, "org.kvmneg.Begin", {**given, "pid": vmm.pid}) == {"error": "NotPermitted"}
+
+
+_IN_A_CONTAINER = """
+import os, sys
+from kvmneg.client import Client
+from kvmneg.errors import UsageError
+client = Client(sys.argv[1])
+digest = client.negotiate({"level": "x86-64-v2"})["digest"]
+try:
+    client.begin(digest, sys.argv[2], pid=os.getpid())
+except UsageError as no:
+    sys.stdout.write(no.message)
+client.begin(digest, sys.argv[2], hold=True)
+"""
+
+
+def test_a_process_in_a_container_has_another_number_here(daemon: Daemon) -> None:
+    """As root there its own number is the one of this system's init, which would keep the lease for ever."""
+    if os.geteuid():
+        pytest.skip("needs root: a pid namespace")
+    words = [*unshare("--pid", "--fork"), sys.executable, "-P", "-c", _IN_A_CONTAINER, str(daemon.socket), VM]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert "another pid namespace" in done.stdout
+    until_gone(daemon)
 
 
 def test_two_keep_a_guest_that_is_handed_over(

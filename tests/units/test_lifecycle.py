@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmneg import __version__
+from kvmneg.client import Client
 from kvmneg.service.journal import EVENTS
 from tests.conftest import kvm_problem
 from tests.units import trees
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.hosts
 
+OTHER_VM = "9b2f0d6b-1c9e-4c1e-8a57-3e4c2f6a9d3b"
 SETTINGS = "etc/kvmneg/kvmneg.toml"
 PACKAGE = "usr/lib/python3/dist-packages/kvmneg"
 
@@ -70,6 +72,23 @@ def test_killed_it_comes_back_with_its_leases_and_serves_them_on(served: Install
         assert holder.do("close") == "closed"
         served.wait("its lease has ended", lambda: not guests(served))
         served.wait("nothing is kept", lambda: stored(served) == 0)
+
+
+def test_who_is_in_another_pid_namespace_keeps_a_lease_of_their_own(served: Installed) -> None:
+    """To the daemon they have no number: both outside, each with a connection, over a restart."""
+    with Client(served.socket, timeout=30) as one, Client(served.socket, timeout=30) as two:
+        for client, vm in ((one, VM), (two, OTHER_VM)):
+            digest = client.negotiate({"level": "x86-64-v2"})["digest"]
+            client.begin(digest, vm, hold=True)
+        assert [guest["holders"] for guest in guests(served)] == [[{"pid": 0, "by": "connection"}]] * 2
+        pid = kill(served)
+        served.wait("another daemon", lambda: served.restarted(pid))
+        assert one.get_info() == two.get_info() and len(guests(served)) == 2 and stored(served) == 2
+        one.close()
+        served.wait(
+            "the first one's has ended", lambda: [guest["vm"] for guest in guests(served)] == [OTHER_VM]
+        )
+    served.wait("both have", lambda: not guests(served))
 
 
 def test_a_connection_that_closes_while_it_is_down_lets_go(served: Installed) -> None:

@@ -181,7 +181,7 @@ def _import(node: Node, connection: Connection, given: dict[str, Any]) -> dict[s
 
         node.refresh(fresh=True)
         contract = utmost.contract(node.report)
-    holder = node.leases.holder(connection, None, given["pid"])
+    holder = node.leases.keepers.of_process(given["pid"], connection.peer)  # a number that we told
     lease, _ = node.leases.begin(
         contract, uuid(given["vm"]), node.generation, connection, holder=holder, audit=record
     )

@@ -72,6 +72,17 @@ class Keepers:
         process = guests.process(peer.pid, self._proc) if peer.pid > 0 else None
         return Holder(peer.pid, process.started if process else 0, "connection")
 
+    def require_our_numbers(self, peer: Peer) -> None:
+        """Whoever names a process must see the same numbers. In a container its own is somebody else's here.
+
+        Raises UsageError.
+        """
+        if peer.pid <= 0 or _is_nested(peer.pid, self._proc):
+            raise UsageError(
+                "the caller is in another pid namespace: its numbers of processes are not this daemon's",
+                hint="hold the lease by the connection",
+            )
+
     def of_process(self, pid: int, peer: Peer) -> Holder:
         """A process as a keeper by its life. Raises UsageError (there is none), NotPermitted (another user's)."""
         from kvmneg.host import guests
@@ -141,7 +152,9 @@ class Keepers:
         """
         adopted: set[int] = set()
         gone: list[tuple[int, Holder]] = []
-        for name, fd in self._descriptors.kept():
+        stored = self._descriptors.kept()
+        names = {name for name, _ in stored}
+        for name, fd in stored:
             try:
                 connection = server.acceptor.adopt(fd)
             except OSError:
@@ -152,7 +165,7 @@ class Keepers:
             held = {
                 number: one
                 for number, one in (watch.holders if watch else {}).items()
-                if one.by == "connection"
+                if one.by == "connection" and (holder.pid > 0 or _is_of(number, name, names))
             }
             if not held:
                 self._descriptors.drop(name)
@@ -276,6 +289,23 @@ class Keepers:
         return {number for watch in self._processes.values() if watch.fd < 0 for number in watch.holders}
 
 
+def _is_nested(pid: int, proc: str) -> bool:
+    """Whether a process has a number in a namespace below this one's too (NSpid, proc_pid_status(5))."""
+    try:
+        with open(f"{proc}/{pid}/status", encoding="utf-8", errors="replace") as file:
+            return any(line.startswith("NSpid:") and len(line.split()) > 2 for line in file)
+    except OSError:
+        return False  # it has ended, or /proc is another one
+
+
 def _name(holders: dict[int, Holder]) -> str:
     """A connection's name is its first lease's number, which is nobody else's."""
     return f"held-{min(holders)}"
+
+
+def _is_of(number: int, name: str, names: set[str]) -> bool:
+    """Whether a connection of that name may hold a lease, of those that are kept: not one that another is named by.
+
+    All that can be said of peers in other pid namespaces, who are one and the same by their numbers.
+    """
+    return f"held-{number}" == name or f"held-{number}" not in names

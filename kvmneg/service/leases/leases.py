@@ -104,6 +104,8 @@ class Leases:
         """Who is to keep a lease, as a call asks for it. Raises UsageError, NotPermitted."""
         if hold and pid is not None:
             raise UsageError("a lease is held by the connection or by a process, not by both")
+        if pid is not None:
+            self.keepers.require_our_numbers(connection.peer)
         if hold:
             return self.keepers.of_connection(connection)
         return self.keepers.of_process(pid, connection.peer) if pid is not None else None
