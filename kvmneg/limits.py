@@ -51,6 +51,9 @@ GENERATIONS = 1 << 53  # where JSON's numbers end for those who read them as dou
 LEASES = 16384  # contracts begun and not ended, all users
 LEASES_PER_UID = 4096
 LEASES_RESERVED = 4096  # above LEASES, for users of the system (SYSTEM_UIDS)
+# distinct contracts of those, and sets that were reported: VMs share them, and files of CONTRACT_BYTES lie in /run
+CONTRACTS = 2048
+CONTRACTS_PER_UID = 512  # and above CONTRACTS for users of the system
 LEASES_FINISHED = 16384  # leases ended or expired that are kept for the record
 LEASE_UNSTARTED_SECONDS = 600.0  # a contract begun, held by no process and not started by then has expired
 HOLDERS_PER_LEASE = 2  # a VM monitor and the one that takes its VM over

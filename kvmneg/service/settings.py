@@ -65,6 +65,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "LEASES": (1, 1_000_000),
     "LEASES_PER_UID": (1, 1_000_000),
     "LEASES_RESERVED": (0, 1_000_000),
+    "CONTRACTS": (1, 1_000_000),
+    "CONTRACTS_PER_UID": (1, 1_000_000),
     "LEASES_FINISHED": (0, 1_000_000),
     "LEASE_UNSTARTED_SECONDS": (1, 30 * _DAY),
     "HOLDERS_PER_LEASE": (1, 16),

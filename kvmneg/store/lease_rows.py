@@ -58,6 +58,8 @@ def begin(connection: Connection, lease: Lease, body: bytes) -> Lease:
         hint = "end that one first; another VM needs another UUID"
         raise UsageError(message, hint=hint, vm=lease.vm, held=held.digest, asked=lease.digest)
     _check_room(connection, lease.uid)
+    if not holds(connection, lease.digest):
+        _check_distinct(connection, "digest", lease.uid)
     _keep_contract(connection, lease.digest, body)
     row = (*lease[:7], "begun", lease.boot, lease.pid_started)
     columns = "vm, digest, generation, uid, pid, begun_at, deadline, state, boot, pid_started"
@@ -76,6 +78,18 @@ def _check_room(connection: Connection, uid: int) -> None:
         raise LimitExceeded("LEASES_PER_UID", limits.LEASES_PER_UID, hint=f"uid {uid} must end some first")
     if _count(connection, "") >= limits.LEASES + (limits.LEASES_RESERVED if uid < limits.SYSTEM_UIDS else 0):
         raise LimitExceeded("LEASES", limits.LEASES, hint="some must end first")
+
+
+def _check_distinct(connection: Connection, column: str, uid: int) -> None:
+    """Whether one more contract, or reported set, has room. Raises LimitExceeded."""
+    query = f"SELECT COUNT(DISTINCT {column}) FROM grants WHERE {_HELD}"
+    if connection.execute(f"{query} AND uid = ?", (uid,)).fetchone()[0] >= limits.CONTRACTS_PER_UID:
+        raise LimitExceeded(
+            "CONTRACTS_PER_UID", limits.CONTRACTS_PER_UID, hint=f"uid {uid} must end some first"
+        )
+    reserved = limits.CONTRACTS_PER_UID if uid < limits.SYSTEM_UIDS else 0
+    if connection.execute(query).fetchone()[0] >= limits.CONTRACTS + reserved:
+        raise LimitExceeded("CONTRACTS", limits.CONTRACTS, hint="some must end first")
 
 
 def _keep_contract(connection: Connection, digest: str, body: bytes) -> None:
@@ -147,10 +161,14 @@ def _forget_reported(connection: Connection, digests: Iterable[str]) -> None:
 
 
 def report(connection: Connection, incarnation: int, digest: str, body: bytes) -> None:
-    """Keep the set that a VMM says it has set, in the place of an earlier one."""
-    row = connection.execute("SELECT reported FROM grants WHERE id = ?", (incarnation,)).fetchone()
+    """Keep the set that a VMM says it has set, in the place of an earlier one. LimitExceeded."""
+    row = connection.execute("SELECT reported, uid FROM grants WHERE id = ?", (incarnation,)).fetchone()
     if row is None or row[0] == digest:
         return
+    alone = "SELECT NOT EXISTS (SELECT 1 FROM grants WHERE reported = ? AND id != ?)"
+    replaces = row[0] and connection.execute(alone, (row[0], incarnation)).fetchone()[0]
+    if not replaces and reported_set(connection, digest) is None:
+        _check_distinct(connection, "reported", int(row[1]))
     connection.execute("INSERT OR IGNORE INTO reported_sets (digest, body) VALUES (?, ?)", (digest, body))
     connection.execute("UPDATE grants SET reported = ? WHERE id = ?", (digest, incarnation))
     _forget_reported(connection, [row[0]] if row[0] else [])

@@ -36,7 +36,7 @@ class Leases:
 
         A VM of that user that holds the same contract keeps the lease it has, which is what is returned; the holder
         is added to it. Raises UsageError (fields vm, held, asked) where the VM holds another contract, LimitExceeded
-        (LEASES, LEASES_PER_UID, HOLDERS_PER_LEASE).
+        (LEASES, CONTRACTS, both of a uid too, HOLDERS_PER_LEASE).
         """
         with self._database.changing("store the lease") as connection:
             stored = rows.begin(connection, lease, contract_bytes)
@@ -84,7 +84,7 @@ class Leases:
         return ended
 
     def report(self, lease: Lease, digest: str, body: bytes) -> None:
-        """Keep what the VMM says it has set: its digest (64 digits) and its bytes."""
+        """Keep what the VMM says it has set: its digest (64 digits), its bytes. Raises LimitExceeded (CONTRACTS)."""
         with self._database.changing("store what the VM has") as connection:
             rows.report(connection, lease.incarnation, digest, body)
 

@@ -364,6 +364,46 @@ def test_vms_share_a_contract_of_the_same_bytes_only(store: SqliteStore) -> None
     assert len(store.leases.outstanding()) == 2
 
 
+def test_distinct_contracts_are_limited(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their files lie in memory, and those that come with guests may be large. Each counts once."""
+    monkeypatch.setattr(limits, "CONTRACTS_PER_UID", 2)
+    monkeypatch.setattr(limits, "CONTRACTS", 3)
+
+    def begin(number: int, digit: str, uid: int = 1000) -> Lease:
+        return store.leases.begin(grant(vm(number), digit * 64, uid), digit.encode())
+
+    def refused(number: int, digit: str, uid: int = 1000) -> object:
+        with pytest.raises(LimitExceeded) as caught:
+            begin(number, digit, uid)
+        return caught.value.fields["limit"]
+
+    begin(1, "a")
+    begin(2, "a")
+    begin(3, "b")
+    assert refused(4, "c") == "CONTRACTS_PER_UID"
+    begin(4, "c", 1001)
+    begin(5, "c")  # it is there
+    assert refused(6, "d", 1001) == "CONTRACTS"
+    begin(6, "d", limits.SYSTEM_UIDS - 1)
+    begin(7, "e", limits.SYSTEM_UIDS - 1)
+    assert refused(8, "f", 0) == "CONTRACTS"
+    store.leases.end(held(store, vm(3)), held(store, vm(5)))
+    assert refused(8, "b") == "CONTRACTS"  # kept for the record, and held by nobody
+
+
+def test_distinct_reports_are_limited(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    leases = [store.leases.begin(grant(vm(number)), b"contract") for number in range(3)]
+    monkeypatch.setattr(limits, "CONTRACTS_PER_UID", 2)
+    store.leases.report(leases[0], "a" * 64, b"a")
+    store.leases.report(leases[1], "b" * 64, b"b")
+    store.leases.report(leases[1], "c" * 64, b"c")  # in the place of the other
+    with pytest.raises(LimitExceeded, match="CONTRACTS_PER_UID"):
+        store.leases.report(leases[2], "d" * 64, b"d")
+    store.leases.report(leases[2], "a" * 64, b"a")
+    with pytest.raises(LimitExceeded, match="CONTRACTS_PER_UID"):
+        store.leases.report(leases[2], "d" * 64, b"d")  # the other one stays where it is
+
+
 @pytest.mark.parametrize("digest", ["A" * 64, "a" * 63, "../" + "a" * 61])
 def test_a_contract_digest_is_64_hex_digits(store: SqliteStore, digest: str) -> None:
     with pytest.raises(StoreError):  # it becomes a file's name
