@@ -12,6 +12,7 @@ import pytest
 
 from kvmneg import limits
 from kvmneg.client import Client
+from tests.units import trees
 
 if TYPE_CHECKING:
     from tests.units.conftest import Installed
@@ -40,6 +41,11 @@ EXPOSURE = 0.8  # of ten
 def varlinkctl(shared: Installed, suite: str) -> None:
     if suite == "bookworm":
         pytest.skip("systemd 252 has no varlinkctl")
+
+
+def test_what_a_container_stands_on_is_not_put_away(shared: Installed, tmp_path: Path) -> None:
+    assert trees._stood_on(trees.layer(shared.suite)) and trees._stood_on(trees.tree(shared.suite))
+    assert not trees._stood_on(tmp_path)
 
 
 def test_verify(shared: Installed) -> None:

@@ -36,7 +36,7 @@ PACKAGES = (
     "systemd", "systemd-sysv", "libpam-systemd", "dbus", "dbus-broker", "polkitd", "python3", "python3-cffi-backend",
     "python3-systemd", "procps",
 )  # fmt: skip
-_KEPT = 4  # of a kind: containers of another checkout may stand on one
+_KEPT = 4  # of a kind, and those that containers stand on
 _SOURCES = (
     "Makefile", "pyproject.toml", "meson.build", "meson.options", "kvmneg", "csrc", "client", "units", "man",
     "completion", "tools",
@@ -151,8 +151,20 @@ def made(kind: str, key: str, make: Callable[[Path], None]) -> Path:
                 directory().glob(f"{kind}.*/"), key=lambda path: path.stat().st_mtime, reverse=True
             )
             for path in [path for path in found if path != target][_KEPT - 1 :]:
-                shutil.rmtree(path, ignore_errors=True)
+                if not _stood_on(path):
+                    shutil.rmtree(path, ignore_errors=True)
         return used(target)
+
+
+def _stood_on(path: Path) -> bool:
+    """Whether some container's root is an overlay over it, of another checkout perhaps."""
+    for mounts in Path("/proc").glob("[0-9]*/mountinfo"):
+        try:
+            if str(path) in mounts.read_text("utf-8", "replace"):
+                return True
+        except OSError:
+            pass  # it has ended
+    return False
 
 
 @contextmanager
