@@ -111,6 +111,17 @@ def test_connections(serve):
     assert served.connect().ask("org.example.toy.Count") == {"parameters": {"count": 5}}
 
 
+def test_some_watchers_are_reserved(serve):
+    served = serve(WATCHERS=1, CONNECTIONS_RESERVED=1)
+
+    def watch():
+        return served.connect().ask("org.example.toy.Watch", more=True).get("error", "")
+
+    assert [watch(), watch()] == ["", "org.kvmneg.LimitExceeded"]
+    served.server.acceptor.preferred = lambda peer: True
+    assert [watch(), watch()] == ["", "org.kvmneg.LimitExceeded"]
+
+
 def test_some_connections_are_reserved(serve):
     served = serve(CONNECTIONS=2, CONNECTIONS_RESERVED=1)
     wires = [served.connect(), served.connect()]
