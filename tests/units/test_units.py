@@ -12,6 +12,7 @@ import pytest
 
 from kvmneg import limits
 from kvmneg.client import Client
+from kvmneg.service.journal import EVENTS
 from tests.units import trees
 
 if TYPE_CHECKING:
@@ -242,6 +243,31 @@ class TestUnprivileged:
             done = shared.run("kvmneg", "fence", "show", user="nobody", check=False)
             assert done.returncode and "CONNECTIONS" in done.stderr
             crowd.stdin.close()
+
+
+def test_the_journal_has_events_with_their_fields_and_their_text(shared: Installed) -> None:
+    """As journald has them, by systemd's own reader; in the text no field is missing."""
+    shared.run("kvmneg", "fence", "pin", "--from", "host", "--reason", "for the record")
+    shared.run("kvmneg", "fence", "pin", "--from", "host", "--reason", "mine", user="nobody", check=False)
+    shared.run("kvmneg", "fence", "pin", "--from", "host", "--reason", "x" * 1025, check=False)
+    shared.run("kvmneg", "fence", "pin", "--from", "level:none", "--reason", "a mistake", check=False)
+    nobody = shared.run("id", "-u", "nobody").stdout.strip()
+    for name, fields in {
+        "fence-pinned": {"UID": "0", "REASON": "for the record"},
+        "peer-refused": {"UID": nobody, "METHOD": "org.kvmneg.Fence.Pin"},
+        "limit-hit": {"UID": "0", "LIMIT": "REASON_CHARACTERS", "ALLOWED": "1024"},
+        "fence-refused": {"UID": "0", "METHOD": "org.kvmneg.Fence.Pin", "ERROR": "InvalidRequest"},
+    }.items():
+        number, priority, *_ = EVENTS[name]
+        words = ("journalctl", "--no-pager", "--lines=1", f"MESSAGE_ID={number}")
+        told = json.loads(shared.run(*words, "--output=json").stdout)
+        assert {field: told[f"KVMNEG_{field}"] for field in fields} == fields
+        assert (told["_SYSTEMD_UNIT"], told["PRIORITY"]) == ("kvmneg.service", str(priority))
+        text = shared.run(*words, "--catalog").stdout
+        assert "Defined-By: kvmneg" in text and "@KVMNEG" not in text
+    # what was done and refused is an administrator's to read
+    done = shared.run("journalctl", "--unit=kvmneg.service", "--output=cat", user="nobody", check=False)
+    assert "for the record" not in done.stdout
 
 
 def test_dbus_polkit_and_the_journal_know_it(shared: Installed) -> None:
