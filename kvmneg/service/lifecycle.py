@@ -106,7 +106,7 @@ def raise_descriptor_limit() -> None:
 
 def tell_store() -> None:
     """Say where connections that keep a lease may be more than the service manager has room for."""
-    room, most = systemd.store_room(), min(limits.CONNECTIONS, limits.LEASES)
+    room, most = systemd.store_room(), min(limits.CONNECTIONS + limits.CONNECTIONS_RESERVED, limits.LEASES)
     if room is None or most <= room:
         return
     from kvmneg.service import telling  # rarely

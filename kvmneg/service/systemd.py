@@ -25,7 +25,7 @@ STORED = "held-"  # how names of stored descriptors begin (kvmneg.service.leases
 
 
 # FileDescriptorStoreMax= of kvmneg.service: what a manager before systemd 254 does not say ($FDSTORE)
-STORE_DESCRIPTORS = 1024
+STORE_DESCRIPTORS = 1152
 
 
 def notify(*assignments: str, fd: int = -1) -> bool:

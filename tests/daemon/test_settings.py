@@ -219,7 +219,8 @@ def test_what_the_daemon_starts_has_its_limits(module: str) -> None:
         (None, "", False),  # no manager
         ("", "", False),  # one that does not say: as the unit has it
         ("", "CONNECTIONS = 1025", True),
-        ("1025", "CONNECTIONS = 1025", False),
+        ("1153", "CONNECTIONS = 1025", False),
+        ("1152", "CONNECTIONS_RESERVED = 129", True),
         ("512", "", True),
         ("512", "LEASES = 512", False),
     ],
@@ -237,13 +238,14 @@ def test_more_leases_than_the_manager_keeps_are_told(
     said: list[str] = []
     monkeypatch.setattr(telling, "trouble", said.append)
     lifecycle.tell_store()
-    assert [f"room for {room or 1024} of them" in text for text in said] == [True] * told
+    assert [f"room for {room or 1152} of them" in text for text in said] == [True] * told
 
 
 def test_the_unit_has_the_room_that_is_assumed() -> None:
     unit = (TOP / "units/kvmneg.service.in").read_text()
     assert f"\nFileDescriptorStoreMax={systemd.STORE_DESCRIPTORS}\n" in unit
-    assert systemd.STORE_DESCRIPTORS >= limits.CONNECTIONS  # as delivered there is room for all
+    # as delivered there is room for all
+    assert systemd.STORE_DESCRIPTORS >= limits.CONNECTIONS + limits.CONNECTIONS_RESERVED
 
 
 def test_options_come_before_settings(tmp_path: Path) -> None:

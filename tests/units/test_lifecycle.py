@@ -264,13 +264,13 @@ def test_more_connections_than_the_manager_keeps(served: Installed) -> None:
     (served.root / "etc/kvmneg").mkdir(exist_ok=True)
     (served.root / SETTINGS).write_text("[limits]\nCONNECTIONS = 2000\nCONNECTIONS_PER_UID = 1500\n")
     served.run("kvmneg", "guests")
-    said = "up to 2000 connections may keep a lease, and the service manager has room for 1024"
+    said = "up to 2128 connections may keep a lease, and the service manager has room for 1152"
     served.wait("it is told", lambda: said in served.journal("kvmneg.service"))
     served.run("systemctl", "reload", "kvmneg.service")
     served.wait("again", lambda: served.journal("kvmneg.service").count(said) == 2)
     if trees.SUITES[served.suite] < 254:
         return  # its manager does not tell the daemon how many it keeps
-    served.drop_in("FileDescriptorStoreMax=2000")
+    served.drop_in("FileDescriptorStoreMax=2128")
     served.run("systemctl", "restart", "kvmneg.service")
     served.wait("another start", lambda: served.journal("kvmneg.service").count("started: ") == 2)
     served.run("systemctl", "reload", "kvmneg.service")

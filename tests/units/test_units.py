@@ -64,7 +64,7 @@ def test_exposure(shared: Installed) -> None:
 def test_descriptors_kept_are_as_many_as_connections(shared: Installed) -> None:
     """Each held connection may lie with systemd."""
     shown = shared.show("kvmneg.service", "FileDescriptorStoreMax")
-    assert shown == {"FileDescriptorStoreMax": str(limits.CONNECTIONS)}
+    assert shown == {"FileDescriptorStoreMax": str(limits.CONNECTIONS + limits.CONNECTIONS_RESERVED)}
 
 
 def test_every_interface_is_in_the_registry(shared: Installed) -> None:
