@@ -16,6 +16,7 @@ import pytest
 from kvmneg import limits
 from kvmneg.errors import LimitExceeded, NotPermitted
 from kvmneg.host.guests import process
+from kvmneg.service.bus import polkit as polkit_module
 from tests.bus import surface
 from tests.bus.conftest import NO_ADMINS, TIMEOUT, Polkit, Refused, Served, Wire, refusal, until
 from tests.daemon.test_daemon import as_user
@@ -358,6 +359,37 @@ def test_without_polkit_the_answer_is_no(make_served: Callable[..., Served]) -> 
         Wire().call(FENCE, "Pin", *REASON, HOST)
     assert caught.value.name == "org.kvmneg1.Error.NotPermitted"
     assert served.errors.read_text().count("kvmnegd: polkit cannot be asked: ") == 1
+
+
+class Nobody:
+    """A bus without polkit."""
+
+    method_call_timeout_usec = 0
+
+    def new_method_call_message(self, *address: str) -> Nobody:
+        return self
+
+    def append_data(self, *values: Any) -> None:
+        pass
+
+    async def call_async(self, message: Nobody) -> None:
+        raise RuntimeError("nobody is there")
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(3600.0, 1), (0.0, 3)])
+def test_that_polkit_cannot_be_asked_is_told_once_in_a_while(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seconds: float, times: int
+) -> None:
+    """Not once for all: a caller that ends before polkit looks at it would use that up, and be all that is told."""
+    monkeypatch.setattr(limits, "TROUBLE_SECONDS", seconds)
+    authority = polkit_module.Polkit(Nobody())  # type: ignore[arg-type]
+
+    async def ask() -> None:
+        for _ in range(3):
+            assert await authority.permits(("unix-process", {}), 1000, "org.kvmneg1.pin", False)
+
+    asyncio.run(ask())
+    assert capsys.readouterr().err.count("polkit cannot be asked: nobody is there") == times
 
 
 def test_a_oneway_call_is_not_worth_a_question(judged: Served, polkit: Polkit) -> None:

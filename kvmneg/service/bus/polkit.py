@@ -35,7 +35,7 @@ class Polkit:
         self._bus = bus
         self._open: dict[int, int] = {}  # by user
         self._number = 0
-        self._told = False  # that it cannot be asked
+        self._quiet_until = 0.0  # that it cannot be asked is told once in a while
 
     async def permits(
         self, subject: tuple[str, dict[str, tuple[str, Any]]], uid: int, action: str, interactive: bool
@@ -80,8 +80,10 @@ class Polkit:
             raise
         except Exception as error:  # sdbus has one of its own for each of D-Bus's errors
             why = f"polkit cannot be asked: {' '.join(map(str, error.args))}"
-            if not self._told:  # an admin who wrote a rule would look for its fault
-                self._told = True
+            now = asyncio.get_running_loop().time()
+            # an admin who wrote a rule would look for its fault; a caller that ends meanwhile brings it about too
+            if now >= self._quiet_until:
+                self._quiet_until = now + limits.TROUBLE_SECONDS
                 sys.stderr.write(f"kvmnegd: {why}\n")
             return why
 
