@@ -254,8 +254,12 @@ def test_a_kvm_that_hangs_at_start(boot: Callable[..., Installed]) -> None:
         assert host.run("kvmneg", "fence", "show").returncode == 0
         host.run("systemctl", "restart", "kvmneg.service")
     fields = ("KVMNEG_EVENT=host-unmeasured", "KVMNEG_CAUSE=wedged")
-    told = host.run("journalctl", "--no-pager", "--output=cat", *fields).stdout
-    assert told.count("measuring this host did not end in 2 seconds: its KVM does not answer") == 3
+    said = "measuring this host did not end in 2 seconds: its KVM does not answer"
+
+    def told() -> int:
+        return host.run("journalctl", "--no-pager", "--output=cat", *fields).stdout.count(said)
+
+    host.wait("each start says so", lambda: told() == 3)  # after it is ready
     assert host.show("kvmneg.service", "NRestarts") == {"NRestarts": "0"}
 
 
