@@ -11,19 +11,16 @@ import gc
 import os
 import signal
 import socket
-import stat
 import sys
 
-from kvmneg import limits
-from kvmneg.errors import KvmnegError, StoreError, UsageError
-from kvmneg.service import authorization, lifecycle, options, systemd
+from kvmneg.errors import KvmnegError
+from kvmneg.service import announcing, authorization, lifecycle, listening, options, systemd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from kvmneg.errors import LimitExceeded
-    from kvmneg.features.report import Report
     from kvmneg.host.apart import Apart
     from kvmneg.service.bus.child import Bus
     from kvmneg.service.interfaces.router import Router
@@ -34,10 +31,6 @@ if TYPE_CHECKING:
     from kvmneg.service.watching.first import First
     from kvmneg.service.watching.proofs import Prover
     from kvmneg.service.watching.vmms import VmmLookup
-
-# Not before the calls that wait have their answers.
-_LATER_SECONDS = 1.0
-_TROUBLE = ("unmeasured", "breached", "unreadable", "readonly")
 
 
 def main() -> int:
@@ -80,17 +73,17 @@ def serve(arguments: Options) -> None:
     lifecycle.raise_descriptor_limit()
     inherited = systemd.inherited()
     if inherited.listener:
-        _serve_on(inherited.listener, _path_of(inherited.listener), arguments, inherited)
+        _serve_on(inherited.listener, listening.path_of(inherited.listener), arguments, inherited)
         return
     path = os.path.abspath(arguments.socket)
-    with _listener(path) as listener:
-        ours = _identity(path)
+    with listening.listener(path) as listener:
+        ours = listening.identity(path)
         try:
             _serve_on(listener, path, arguments, inherited)
         finally:
             # while it still listens: once it does not, another daemon may serve there
-            if ours and _identity(path) == ours:
-                _unlink(path)
+            if ours and listening.identity(path) == ours:
+                listening.unlink(path)
 
 
 def _serve_on(listener: socket.socket, path: str, arguments: Options, inherited: systemd.Inherited) -> None:
@@ -119,15 +112,17 @@ def _serve_on(listener: socket.socket, path: str, arguments: Options, inherited:
         server.on_limit = _tell_limit
         server.acceptor.preferred = authorization.is_preferred
         bus = _bus(router, arguments)
-        lifecycle.schedule(server, node, arguments, lambda: _status(node), router)
+        lifecycle.schedule(server, node, arguments, lambda: announcing.status(node), router)
         node.leases.start(server)
-        server.after(_LATER_SECONDS, lambda: _follow_strangers(server, node))
-        node.changed.append(lambda: _tell_systemd(node))
-        _tell_changes(server, node)
-        _announce(node)
-        server.after(_LATER_SECONDS, lambda: _tell_start(node))
+        server.after(announcing.LATER_SECONDS, lambda: _follow_strangers(server, node))
+        node.changed.append(lambda: announcing.tell_systemd(node))
+        announcing.follow(server, node)
+        announcing.announce(node)
+        server.after(announcing.LATER_SECONDS, lambda: announcing.tell_start(node))
         if first is not None:
-            server.after(_LATER_SECONDS, lambda: _watch(server, node, measurer, arguments.kvm, first))
+            server.after(
+                announcing.LATER_SECONDS, lambda: _watch(server, node, measurer, arguments.kvm, first)
+            )
         for one in later:
             one.start(server, node)
         copier = Copier(server, node, _print_trouble)
@@ -190,159 +185,6 @@ def _boot() -> str:
         return ""
 
 
-def _listener(path: str) -> socket.socket:
-    """A socket that listens on `path`. Raises UsageError, StoreError."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    temporary = f"{path}.{os.getpid()}"
-    try:
-        _clear(path)
-        _make_folder(os.path.dirname(path))
-        listener.bind(temporary)
-        # every user's VMM may ask; who may pin is judged by the peer's credentials
-        os.chmod(temporary, 0o666)
-        listener.listen(limits.CONNECTIONS)
-        os.rename(temporary, path)  # whoever sees the path can connect to it
-    except OSError as error:
-        listener.close()
-        _unlink(temporary)
-        raise UsageError(
-            f"cannot serve on {path}: {error.strerror or error}", hint="name another socket with --socket"
-        ) from None
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _clear(path: str) -> None:
-    """Remove a socket that nobody listens on any more; leave anything else alone. Raises StoreError, OSError."""
-    if not os.path.lexists(path):
-        return
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise UsageError(f"{path} exists and is no socket", hint="name another socket with --socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # a daemon whose backlog is full is there all the same
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)  # left behind by a daemon that was killed
-            return
-        except BlockingIOError:
-            pass
-    raise StoreError(
-        f"another kvmnegd serves on {path}", hint="stop it, or name another socket with --socket"
-    )
-
-
-def _make_folder(folder: str) -> None:
-    """Make the socket's folder where it is missing, open to every user whatever the umask. Raises OSError."""
-    if not os.path.isdir(folder):
-        os.makedirs(folder, exist_ok=True)
-        os.chmod(folder, 0o755)
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _path_of(listener: socket.socket) -> str:
-    """The path of an inherited socket, beside which the contracts lie. Raises UsageError."""
-    path = listener.getsockname()
-    if not isinstance(path, str) or not path.startswith("/"):
-        raise UsageError(
-            "the inherited socket has no absolute path", hint="the socket unit needs ListenStream=/…"
-        )
-    return path
-
-
-def _announce(node: Node) -> None:
-    systemd.ready(_status(node))
-    if node.state in _TROUBLE:
-        _tell_state(node)
-
-
-def _tell_changes(server: Server, node: Node) -> None:
-    """What a new measurement changed, and whether changes are written, into the journal.
-
-    What the fence makes of a measurement kvmneg.service.level.levels tells.
-    """
-    first = last = _report_of(node)
-    failed = node.store.fault is not None
-
-    def tell() -> None:
-        nonlocal last, failed
-        fault = node.store.fault
-        if failed != (fault is not None):
-            failed = fault is not None
-            from kvmneg.service import telling  # no start needs it
-
-            telling.store(fault)
-        before, last = last, _report_of(node)
-        if before is last:
-            return
-        from kvmneg.service.watching import changes  # no start needs it
-
-        changes.tell(before, last, _why_not(node))
-
-    def tell_of_start() -> None:
-        from kvmneg.service.watching import changes
-
-        before = changes.before_start(node, first) if first is not None else None
-        if before is not None:
-            changes.tell(before, first)
-
-    node.changed.append(tell)
-    if node.news:
-        server.after(_LATER_SECONDS, tell_of_start)
-
-
-def _report_of(node: Node) -> Report | None:
-    return node.report if node.host_digest else None
-
-
-def _why_not(node: Node) -> KvmnegError | None:
-    try:
-        node.report  # noqa: B018 (it raises its reason)
-    except KvmnegError as error:
-        return error
-    return None
-
-
-def _tell_state(node: Node) -> None:
-    """Why no contract is given."""
-    from kvmneg.policy import coverage
-    from kvmneg.service import telling
-
-    if node.store.fault is not None:
-        telling.store(node.store.fault)
-        return
-    try:
-        node.fence  # noqa: B018 (it raises its reason)
-    except KvmnegError as error:
-        telling.trouble(str(error))
-        return
-    try:
-        coverage.require(node.report)
-    except KvmnegError as error:
-        telling.unmeasured(error, str(error))
-        return
-    if node.breach_told:
-        return  # this measurement found it
-    lost = list(dict.fromkeys(one.feature for one in node.below))
-    telling.breached(node.report.host, node.report.combo_digest(), node.generation, lost)
-
-
-def _tell_start(node: Node) -> None:
-    from kvmneg.service import telling  # when the calls that wait have their answers
-
-    telling.started(node, _status(node))
-    lifecycle.tell_store()
-
-
 def _follow_strangers(server: Server, node: Node) -> None:
     from kvmneg.service.telling import Strangers  # as in _tell_start
 
@@ -368,24 +210,8 @@ def _tell_limit(error: LimitExceeded, peer: Peer) -> None:
     telling.limit(error, peer)
 
 
-def _status(node: Node) -> str:
-    fence = f"fence {node.fence_digest[:19]}" if node.fence_digest else "no fence"
-    return f"{node.state}, generation {node.generation}, {fence}"
-
-
 def _leave(*_: object) -> None:
     raise SystemExit(0)
-
-
-def _tell_systemd(node: Node) -> None:
-    systemd.status(_status(node))
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass  # gone, or never made: why it could not be made is told already
 
 
 def _print_internal_error(error: BaseException) -> None:

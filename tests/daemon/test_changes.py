@@ -22,7 +22,7 @@ from kvmneg.host.software import Roots
 from kvmneg.host.volatile import Volatile
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
-from kvmneg.service import daemon
+from kvmneg.service import announcing, daemon
 from kvmneg.service.leases.contracts import ContractFiles
 from kvmneg.service.node import Node
 from kvmneg.service.watching import changes
@@ -248,7 +248,7 @@ def test_a_running_daemon_tells_each_change(
     node: Node, host: Watched, tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server: Any = SimpleNamespace(after=lambda *_: None)
-    daemon._tell_changes(server, node)
+    announcing.follow(server, node)
     node.pin("host", None, None, AUDIT)
     assert "pinned a fence, generation 1" in capsys.readouterr().err
     host.lose("cpuid:0x7.0.ebx", 1 << 5)

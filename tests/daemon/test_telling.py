@@ -11,7 +11,7 @@ import pytest
 from kvmneg import limits
 from kvmneg.errors import KvmnegError, LimitExceeded, NotPermitted, StoreError
 from kvmneg.host.guests import Process
-from kvmneg.service import daemon, journal, systemd, telling
+from kvmneg.service import announcing, journal, systemd, telling
 from kvmneg.service.interfaces.router import Router
 from kvmneg.service.level import moves
 from kvmneg.service.level.moves import Asked
@@ -98,7 +98,7 @@ def test_a_breach_is_told_once_at_each_start(
     host.lose(WORD, AVX2)
     for _ in range(2):
         told.clear()
-        daemon._announce(type(node)(node.store, host, node.files))
+        announcing.announce(type(node)(node.store, host, node.files))
         ((name, lines, fields),) = told
         assert name == "breached" and fields["count"] == 1, lines
 
@@ -187,7 +187,7 @@ def test_a_host_that_goes_and_comes(node: Node, told: Told) -> None:
 
 
 def test_the_store_fails_once_and_recovers_once(node: Node, told: Told) -> None:
-    daemon._tell_changes(cast("Any", SimpleNamespace(after=lambda *_: None)), node)
+    announcing.follow(cast("Any", SimpleNamespace(after=lambda *_: None)), node)
     connection = node.store._database.connection  # type: ignore[attr-defined]
     connection.execute("PRAGMA query_only = ON")  # SQLite refuses each write
     for _ in range(2):
