@@ -118,9 +118,14 @@ def test_the_limit_holds_at_the_last_of_many(
     store = make_store(MANY)
     monkeypatch.setattr(limits, "LEASES", MANY + 1)
     store.leases.begin(grant(MANY), b"contract")
+    monkeypatch.setattr(limits, "LEASES_RESERVED", 1)
+    persons = grant(MANY + 1)._replace(uid=limits.SYSTEM_UIDS)
     with pytest.raises(LimitExceeded):
-        store.leases.begin(grant(MANY + 1), b"contract")
-    assert len(store.leases.outstanding()) == MANY + 1
+        store.leases.begin(persons, b"contract")
+    store.leases.begin(grant(MANY + 1), b"contract")  # of a user of the system
+    with pytest.raises(LimitExceeded):
+        store.leases.begin(grant(MANY + 2), b"contract")
+    assert len(store.leases.outstanding()) == MANY + 2
     assert len(store.leases.contracts_outstanding()) == 50
 
 
