@@ -51,6 +51,7 @@ pytest_plugins = ("pytester", "tests.c_client", *_OWN)
 
 # a terminal's width is what a test sets: shells export it, and so does pytest-xdist
 os.environ.pop("COLUMNS", None)
+os.environ.pop("PYTHONUNBUFFERED", None)  # a service has none: its standard output is buffered
 
 _handles: list[Kvm] = []
 _skips: list[tuple[str, str]] = []

@@ -77,7 +77,7 @@ class Terminal:
         ours, theirs = pty.openpty()
         with closing(os.fdopen(ours)), closing(os.fdopen(theirs)):
             return subprocess.run(
-                [sys.executable, "-c", CLI, "--socket", self.served.socket, *words],
+                [sys.executable, "-P", "-c", CLI, "--socket", self.served.socket, *words],
                 stdin=theirs if terminal else subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
                 env={**os.environ, "AGENT": str(self.agent), "AGENT_LOG": str(self.log)}, check=False,
             )  # fmt: skip

@@ -89,7 +89,7 @@ def test_a_watcher_with_nothing_to_read_is_not_slow(serve):
     looked = []
     drop_stalled = served.toy.watchers._timer.callback
     served.toy.watchers._timer.callback = lambda: (drop_stalled(), looked.append(1))
-    served.wait(lambda: len(looked) == 8)  # four times a limit: it was looked at, and found well, twice over
+    served.wait(lambda: len(looked) >= 8)  # four times a limit: it was looked at, and found well, twice over
     assert other.ask("org.example.toy.Publish", {"text": "x"}) == {"parameters": {"watchers": 1}}
     assert wire.read()["parameters"] == {"text": "x"}
 

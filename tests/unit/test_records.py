@@ -111,6 +111,6 @@ def test_a_daemon_starts_without_typing() -> None:
         "kvmneg.service.daemon, kvmneg.service.node, kvmneg.service.interfaces.router, kvmneg.store.opening"
     )
     code = f"import sys; had = set(sys.modules); import {rooms}; print(*sorted(set(sys.modules) - had))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert "kvmneg.store.opening" in found.stdout.split()
     assert "typing" not in found.stdout.split()

@@ -132,6 +132,7 @@ class Bus:
                 [
                     sys.executable,
                     "-P",
+                    "-u",  # what sd-bus prints is there when it has printed it: kvmneg.service.bus.flags
                     "-m",
                     "kvmneg.service.bus.dbus",
                     *(str(one.fileno()) for one in theirs),

@@ -2,7 +2,7 @@
 """The flag by which a caller of D-Bus lets a person be asked: ALLOW_INTERACTIVE_AUTHORIZATION of a message's header.
 
 sd-bus has a function for it, sdbus does not pass that on. What sdbus has is sd-bus's dump of a message, on standard
-output; its first line tells the header, and nothing of a caller's stands before it.
+output, which must not be buffered; its first line tells the header, and nothing of a caller's stands before it.
 """
 
 from __future__ import annotations
