@@ -44,7 +44,8 @@ _EXIT_CODES = {
 class Client(FenceCalls, GuestCalls, RollbackCalls):
     """One connection, made with the first call. Not for several threads at once.
 
-    After a failure of the connection (Unreachable) the next call makes a new one; no call is ever sent twice.
+    After a failure of the connection (Unreachable) the next call makes a new one. Where a daemon was restarted between
+    two calls that is made at once, unless the old one keeps a contract. No call is sent twice that it may have seen.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Client(FenceCalls, GuestCalls, RollbackCalls):
         self.timeout = timeout
         self.interactive = interactive
         self._socket: socket.socket | None = None
+        self._holds = False  # whether a contract may be kept by this connection, which no other one replaces
         self._received = bytearray()
 
     def __enter__(self) -> Client:
@@ -75,6 +77,7 @@ class Client(FenceCalls, GuestCalls, RollbackCalls):
     def close(self) -> None:
         """Close the connection. A VM's contract does not depend on it."""
         self._received.clear()
+        self._holds = False
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -163,9 +166,7 @@ class Client(FenceCalls, GuestCalls, RollbackCalls):
         try:
             while continues:
                 reply, continues = self._reply(timeout)
-                timeout = (
-                    None  # the first reply is owed at once, the others come when there is something to tell
-                )
+                timeout = None  # the first is owed at once, the others come when there is something to tell
                 yield reply
         finally:
             if continues:
@@ -198,14 +199,30 @@ class Client(FenceCalls, GuestCalls, RollbackCalls):
         encoded = json.dumps(call, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\0"
         if len(encoded) > limits.CALL_BYTES + 1:
             raise errors.LimitExceeded("CALL_BYTES", limits.CALL_BYTES, f"{method} was called with more")
+        again = self._socket is not None and not self._holds
+        self._holds = self._holds or bool(parameters and parameters.get("hold"))
+        if not self._delivered(encoded) and again:
+            self.close()  # a daemon that was restarted since the last call: it has seen nothing of this one
+            self._delivered(encoded)
+
+    def _delivered(self, call: bytes) -> bool:
+        """Whether there is a reply to wait for: not where the daemon closed the connection before, without a word."""
         connection = self._connected()
         try:
             connection.settimeout(self.timeout)
-            connection.sendall(encoded)
+            connection.sendall(call)
         except TimeoutError:
             raise self._lost(f"it took no call for {self.timeout:g} seconds") from None
+        except BrokenPipeError:
+            try:
+                return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))  # why it did
+            except BlockingIOError:
+                return False  # it is about to
+            except OSError:
+                return True
         except OSError:
-            pass  # it closed the connection; why may be there to read
+            pass  # why may be there to read
+        return True
 
     def _reply(self, timeout: float | None) -> tuple[dict[str, Any], bool]:
         """(parameters, continues) of the next reply."""

@@ -171,9 +171,13 @@ def _history(arguments: argparse.Namespace) -> int:
         print_json({"entries": rows})
         return 0
     screen = Screen()
+
+    def shown(who: int | None) -> str:
+        return "not told" if who is None else str(who)  # for admins
+
     names = ("generation", "at", "action", "uid", "pid", "reason")
     cells = [
-        [f"{name} {row.get(name)}" if name in ("uid", "pid") else str(row.get(name)) for name in names]
+        [f"{name} {shown(row.get(name))}" if name in ("uid", "pid") else str(row.get(name)) for name in names]
         for row in rows
     ]
     screen.table(cells, indent=0)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmneg import limits
-from kvmneg.errors import Blocked, StaleOffer, UsageError
+from kvmneg.errors import Blocked, NotPermitted, StaleOffer, UsageError
 from kvmneg.features.featureset import FeatureSet
 from kvmneg.policy import negotiation
 from kvmneg.policy.request import Request
-from kvmneg.service.interfaces import guests, rollback
+from kvmneg.service.interfaces import fence, guests, rollback
 from kvmneg.service.level import moves
 from kvmneg.store.interface import Audit
 
@@ -54,6 +54,27 @@ def begin(node: Node, name: str, asker: Any) -> str:
 
 def call(node: Node, name: str, asker: Any, **given: Any) -> dict[str, Any]:
     return guests.handlers(node)[f"org.kvmneg.Guests.{name}"](asker, given)
+
+
+def test_who_has_a_vm_is_told_to_admins_alone(node: Node) -> None:
+    name = vm()
+    for uid in (4711, 4712):
+        begin(node, name, caller(uid))
+        with pytest.raises(NotPermitted) as caught:
+            call(node, "Get", caller(1000), vm=name)
+        told = f"{caught.value} {caught.value.fields}"
+        assert "4711" not in told and "4712" not in told
+    with pytest.raises(UsageError, match="users 4711, 4712 have"):
+        call(node, "Get", caller(0), vm=name)
+    assert call(node, "Get", caller(4712), vm=name)["guest"]["uid"] == 4712
+
+
+def test_who_moved_the_fence_is_told_to_admins_alone(node: Node) -> None:
+    moves.pin(node, "host", None, None, AUDIT._replace(uid=4711, pid=4712))
+    history = fence.handlers(node)["org.kvmneg.Fence.History"]
+    (hidden,), (shown,) = (history(caller(uid), {})["entries"] for uid in (1000, 0))
+    assert (shown["uid"], shown["pid"]) == (4711, 4712)
+    assert hidden == {**shown, "uid": None, "pid": None}
 
 
 def test_an_image_is_not_restored_on_a_host_that_lost_what_it_has(node: Node, host: Host) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,6 +104,74 @@ def test_refused_for_a_limit_though_the_call_could_not_be_sent(serve):
     with Client(served.path, timeout=20) as client, pytest.raises(errors.LimitExceeded) as error:
         client.call("org.example.toy.Count")
     assert error.value.fields["limit"] == "CONNECTIONS"
+
+
+@pytest.fixture
+def restarting(tmp_path):
+    """A daemon that answers one call on each connection and then closes it, with a last word where it has one."""
+    calls, words = [], [b""]
+    with sys.modules["toy_server"].listen(str(tmp_path / "socket")) as listener:
+
+        def serve():
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    calls.append(json.loads(connection.recv(65536)[:-1])["method"])
+                    connection.sendall(b'{"parameters":{}}\0')
+                    closing.acquire()
+                    if words[0]:
+                        connection.sendall(words[0])
+
+        closing = threading.Semaphore(0)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        path = str(tmp_path / "socket")
+        yield SimpleNamespace(path=path, calls=calls, words=words, close=closing.release)
+        for _ in range(8):
+            closing.release()
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def closed(client):
+    """Wait until the daemon has closed the client's connection."""
+    poll = select.poll()
+    poll.register(client._socket, select.POLLHUP)
+    assert poll.poll(20_000)
+
+
+def test_a_daemon_that_was_restarted_between_two_calls(restarting):
+    with Client(restarting.path, timeout=20) as client:
+        client.call("org.example.First")
+        restarting.close()
+        closed(client)
+        client.call("org.example.Second")
+    assert restarting.calls == ["org.example.First", "org.example.Second"]
+
+
+def test_a_connection_that_keeps_a_contract_is_not_replaced(restarting):
+    with Client(restarting.path, timeout=20) as client:
+        client.call("org.example.First", {"hold": True})
+        restarting.close()
+        closed(client)
+        with pytest.raises(errors.Unreachable):
+            client.call("org.example.Second")
+        client.call("org.example.Third")  # who was told may go on
+    assert restarting.calls == ["org.example.First", "org.example.Third"]
+
+
+def test_a_last_word_is_heard(restarting):
+    restarting.words[0] = b'{"error":"org.kvmneg.LimitExceeded","parameters":{"limit":"CALL_BYTES"}}\0'
+    with Client(restarting.path, timeout=20) as client:
+        client.call("org.example.First")
+        restarting.close()
+        closed(client)
+        with pytest.raises(errors.LimitExceeded):
+            client.call("org.example.Second")
+    assert restarting.calls == ["org.example.First"]
 
 
 def test_a_call_that_is_too_long_is_not_sent(served, client):

@@ -59,8 +59,10 @@ def _get(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str,
 
 def _history(node: Node, connection: Connection, given: dict[str, Any]) -> dict[str, Any]:
     rows = node.history(_rows(given))
-    names = ("action", "generation", "at", "uid", "pid", "reason", "digest")
-    entries = ({name: getattr(row, name) for name in names} for row in rows)
+    names = ("action", "generation", "at", "reason", "digest")
+    who = ("uid", "pid") if is_admin(connection.peer) else ()
+    nobody = {"uid": None, "pid": None}
+    entries = (nobody | {name: getattr(row, name) for name in (*names, *who)} for row in rows)
     return {"entries": that_fit(entries, limits.REPLY_BYTES - 1024)}
 
 

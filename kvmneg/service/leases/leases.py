@@ -208,15 +208,13 @@ class Leases:
             raise UsageError(
                 f"VM {vm} holds no contract", hint="it was ended, or expired before it was started"
             )
+        if leases[0].uid != peer.uid and not is_admin(peer):
+            raise NotPermitted(f"VM {vm} belongs to another user", hint="ask as that user or as an admin")
         if len(leases) > 1:
             uids = ", ".join(str(lease.uid) for lease in leases)
             hint = "name its incarnation, or ask as the one whose VM it is"
             raise UsageError(f"users {uids} have a VM {vm}", hint=hint)
         (lease,) = leases
-        if lease.uid != peer.uid and not is_admin(peer):
-            raise NotPermitted(
-                f"VM {lease.vm} belongs to uid {lease.uid}", hint="ask as that user or as an admin"
-            )
         if incarnation not in (None, lease.incarnation):
             raise UsageError(
                 f"incarnation {incarnation} of VM {vm} is gone, it runs as {lease.incarnation}",
