@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import os
+import shlex
 from typing import NamedTuple
 
 from .. import summary
-from . import project, start
+from . import project, recording, start
 from .catalogue import Host
 from .errors import HostError
 from .job import Job, Result
 
 SECONDS = 600.0
 _SUMMARY = "/job/out/summary.json"
+_REPORT_FIRST = f'{shlex.join(recording.COMMAND)} >out/report.json && exec "$@"'
 
 
 class Inside(NamedTuple):
@@ -27,8 +29,16 @@ class Inside(NamedTuple):
         return (self.result.stdout + self.result.stderr).decode("utf-8", "replace")[-size:]
 
 
-def run(host: Host, *words: str, seconds: float = SECONDS, extra: dict[str, bytes] | None = None) -> Inside:
-    """`pytest WORDS` in /job of a restored host. `extra` are more files. A skip is judged there as it is here.
+def run(
+    host: Host,
+    *words: str,
+    seconds: float = SECONDS,
+    extra: dict[str, bytes] | None = None,
+    report: bool = False,
+) -> Inside:
+    """`pytest WORDS` in /job of a host. `extra` are more files. A skip is judged there as it is here.
+
+    `report`: the host is measured first, which is in `result.files["report.json"]`; one boot under Bochs takes minutes.
 
     A host whose kernel panics is tried once more, and its part says so: an emulator errs by chance (machine.py keeps
     clear of one such error), and what our own calls do to a kernel, they do again. Raises HostError where the host,
@@ -38,19 +48,16 @@ def run(host: Host, *words: str, seconds: float = SECONDS, extra: dict[str, byte
     environment["PATH"] = "/job/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     # No cache: it goes with the host. Plain assertions are rewritten as outside.
     argv = ["python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    if report:
+        argv = ["sh", "-c", _REPORT_FIRST, "sh", *argv]
     files = {**project.files(host.architecture), **(extra or {})}
     job = Job(argv, files, environment, seconds)
     try:
-        result, again = _run(host, job), ""
+        result, again = start.run(host, job), ""
     except HostError as error:
         if not error.panicked:
             raise
-        result, again = _run(host, job), " (second try: its kernel had panicked)"
+        result, again = start.run(host, job), " (second try: its kernel had panicked)"
     data = result.files.get("summary.json")
     part = summary.read(data, host.name) if data else None
     return Inside(result, part._replace(kind=part.kind + again) if part else None)
-
-
-def _run(host: Host, job: Job) -> Result:
-    with start.restored(start.Built(host)) as machine:
-        return machine.run(job)

@@ -13,10 +13,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvmneg.features.report import Report
+
 from . import bochs, catalogue, machine, project, start
 from .catalogue import Host
 from .errors import HostError
-from .job import Job, Result
+from .job import Job
 
 FOLDER = project.ROOT / "tests/data/hosts"
 COMMAND = ("python3", "-m", "kvmneg.cli", "host", "--json")
@@ -33,7 +35,7 @@ def record(host: Host, name: str = "") -> dict[str, Any]:
 
     Raises HostError.
     """
-    result = _run(host, Job(COMMAND, project.files(host.architecture), project.ENVIRONMENT, SECONDS))
+    result = start.run(host, Job(COMMAND, project.files(host.architecture), project.ENVIRONMENT, SECONDS))
     if result.status:
         raise HostError("job", f"kvmneg host: {result.stderr.decode('utf-8', 'replace').strip()}")
     report: dict[str, Any] = json.loads(result.stdout)
@@ -51,16 +53,23 @@ def write(host: Host, target: Path | None = None, name: str = "") -> Path:
     return target
 
 
+def unlike(host: Host, found: Report) -> dict[str, tuple[int, int | None]]:
+    """The words of the host's recorded report that the same host's is now without, or has otherwise.
+
+    Each with both values; none where the kernel is another one by now. kvmneg may have learnt to ask for more since.
+    """
+    recorded = Report.loads(path(host).read_bytes())
+    if recorded.combo["kernel"] != found.combo["kernel"]:
+        return {}
+    now = found.offer_words
+    return {
+        word: (value, now.get(word)) for word, value in recorded.offer_words.items() if now.get(word) != value
+    }
+
+
 def _name(host: Host) -> str:
     """What the host is called in its report: two CPUs under one kernel are two hosts."""
     return host.name if catalogue.find(host.name) == host else "-".join(host.parts())
-
-
-def _run(host: Host, job: Job) -> Result:
-    if host.emulator == "bochs":
-        return bochs.run(host, job)
-    with start.restored(start.Built(host)) as found:
-        return found.run(job)
 
 
 def _emulator(host: Host) -> str:

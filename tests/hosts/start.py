@@ -11,10 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
-from . import cache, cpio, kernel, userspace
+from . import bochs, cache, cpio, kernel, userspace
 from .catalogue import Host
 from .errors import HostError
-from .job import Job
+from .job import Job, Listener, Result
 from .machine import Machine, arguments, emulator_name
 
 POLL_SECONDS = 0.01
@@ -48,6 +48,14 @@ class Built:
             with open(initrd, "wb") as target:
                 cpio.join(target, [self._userspace.read_bytes(), self._modules])
             yield ["-kernel", str(image), "-initrd", str(initrd)]
+
+
+def run(host: Host, job: Job, listener: Listener | None = None) -> Result:
+    """A job in a host of its own, whatever emulates it. Raises HostError, PackageError."""
+    if host.emulator == "bochs":
+        return bochs.run(host, job, listener)
+    with restored(Built(host)) as machine:
+        return machine.run(job, listener)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from kvmneg.features.report import Report
 from kvmneg.policy import negotiation, rollback
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
-from tests.hosts import bochs, catalogue, project, recording, start
+from tests.hosts import catalogue, project, recording, start
 from tests.hosts.job import Job
 from tests.packages.errors import Unreachable
 
@@ -110,11 +110,7 @@ def given(there: Host) -> tuple[Report, dict[str, Any]]:
     words = ["python3", "-m", "tests.hosts.applied", str(seconds - TELLING)]
     job = Job(words, files, project.ENVIRONMENT, seconds)
     try:
-        if there.emulator == "bochs":
-            result = bochs.run(there, job)
-        else:
-            with start.restored(start.Built(there)) as machine:
-                result = machine.run(job)
+        result = start.run(there, job)
     except Unreachable as error:
         pytest.skip(f"the mirror is not reachable: {error}")
     assert result.status == 0, result.why()
@@ -154,6 +150,14 @@ def test_a_move(move: Move) -> None:
     # the diagonal, and both ends of the fence's own pair
     if move.made is move.there or move.other == move.there.line:
         assert not told
+
+
+@pytest.mark.every_host
+@pytest.mark.parametrize("host", KINDS["intel"], ids=[host.name for host in KINDS["intel"]])
+def test_what_intel_hosts_are_recorded_as(host: Host) -> None:
+    """Beside those of test_inside.py; here, where such a host is booted anyway."""
+    there, _ = given(host)
+    assert recording.unlike(host, there) == {}
 
 
 def test_each_way_is_closed_by_a_kernel_that_has_less() -> None:
