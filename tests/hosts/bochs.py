@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import shutil
 import subprocess
+import termios
 import time
+import tty
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,6 +28,7 @@ from .job import Collector, Job, Listener, Result, parse
 BOOT_SECONDS = 400.0
 POLL_SECONDS = 0.1
 SUITE = "bookworm"
+_SCREEN = re.compile(rb'connected to screen "([^"]+)"')
 _PLUGINS = "usr/lib/x86_64-linux-gnu/bochs/plugins"
 # tsc=reliable and the like: its clocks do not agree with each other, and the kernel spends minutes to find out.
 _KERNEL_LINE = (
@@ -129,7 +133,8 @@ class _Process:
 
     def __init__(self, tree: Tree, work: Path) -> None:
         self._work = work
-        self._screen, terminal = pty.openpty()
+        self._said, terminal = pty.openpty()
+        self._screen = -1
         environment = {**os.environ, "TERM": "xterm", "LTDL_LIBRARY_PATH": str(tree.path(_PLUGINS))}
         environment["BXSHARE"] = str(tree.path("usr/share/bochs"))
         command = [
@@ -150,21 +155,30 @@ class _Process:
             start_new_session=True,
         )
         os.close(terminal)
-        os.set_blocking(self._screen, False)
+        os.set_blocking(self._said, False)
         self._shown = b""
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-        os.close(self._screen)
+        os.close(self._said)
+        if self._screen >= 0:
+            os.close(self._screen)
 
     def _drain(self) -> None:
-        """Read the screen: Bochs stands still when nobody does."""
-        try:
-            while data := os.read(self._screen, 1 << 16):
-                self._shown = (self._shown + data)[-4000:]
-        except OSError:
-            pass
+        """Read all that it prints: Bochs stands still when nobody does.
+
+        That is on two terminals. The debugger has the one that Bochs was given; the guest's screen, or at least its
+        cursor several times a second, is on one that it makes, and whose buffer is full after some minutes.
+        """
+        shown = self._shown + _read(self._said)
+        self._shown = shown[-4000:]
+        if self._screen < 0 and (found := _SCREEN.search(shown)):
+            self._screen = os.open(found[1], os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+            # not line by line, without an echo; and at once: a flush would not wake up who waits to write
+            tty.setraw(self._screen, termios.TCSANOW)
+        if self._screen >= 0:
+            _read(self._screen)
 
     def console(self) -> str:
         texts = [
@@ -196,3 +210,14 @@ class _Process:
                 raise HostError(step, why, self.console())
             time.sleep(POLL_SECONDS)
         return collector.result._replace(console=self.console())
+
+
+def _read(terminal: int) -> bytes:
+    """All that is there now."""
+    found = b""
+    try:
+        while data := os.read(terminal, 1 << 16):
+            found += data
+    except OSError:  # nothing more, or the other end is closed
+        pass
+    return found
