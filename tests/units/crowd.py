@@ -3,7 +3,7 @@
 
     crowd.py IDLE ACTIVE SECONDS CALLS_PER_SECOND
 
-Prints, for each third of the time, {"calls", "p50", "p99"} (milliseconds) as one JSON list; calls is all that were
+Prints, for each twelfth of the time, {"calls", "p50", "p99"} (milliseconds) as one JSON list; calls is all that were
 answered.
 """
 
@@ -18,6 +18,7 @@ SOCKET = "/run/kvmneg/org.kvmneg"
 CALL = b'{"method":"org.kvmneg.GetHost"}\0'
 USER = 2000
 SHARE = 200  # connections of one user
+PARTS = 12
 
 
 def connected(count: int) -> list[socket.socket]:
@@ -81,12 +82,12 @@ def main() -> None:
     ]
     print("ready", flush=True)
     took = drive(connected(actives), seconds, rate)
-    thirds = []
-    for third in range(3):
-        times = sorted(long for when, long in took if int(when * 3 / seconds) == third)
+    parts = []
+    for part in range(PARTS):
+        times = sorted(long for when, long in took if int(when * PARTS / seconds) == part)
         at = {"p50": times[len(times) // 2] * 1000, "p99": times[len(times) * 99 // 100] * 1000}
-        thirds.append({"calls": len(times), **at})
-    print(json.dumps(thirds), flush=True)
+        parts.append({"calls": len(times), **at})
+    print(json.dumps(parts), flush=True)
     for pid in children:
         os.kill(pid, 9)
 

@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.hosts, pytest.mark.every_host]
 
 IDLE, ACTIVE, SECONDS, RATE = 1000, 64, 60.0, 640.0
 SETTINGS = "[limits]\nCONNECTIONS = 2048\n"  # as delivered there may be 1024
-SPREAD = 5.0  # between thirds of the time; the machine has others to serve too
-FLOOR_MS = 20.0  # what a p99 may be in any third without looking like a trend
+SPREAD = 5.0  # between the first third of the time and the last
+FLOOR_MS = 20.0  # what a p99 may be without looking like a trend
 GROWTH_KIB = 4096
 
 
@@ -35,8 +35,12 @@ def test_a_thousand_idle_and_64_active(served: Installed) -> None:
         early = served.resident_kib()
         time.sleep(SECONDS / 2)
         late = served.resident_kib()
-        first, second, third = json.loads(crowd.stdout.readline())
-    assert min(one["calls"] for one in (first, second, third)) > RATE * SECONDS / 3 * 0.8
-    assert third["p99"] < max(first["p99"] * SPREAD, FLOOR_MS), (first, second, third)
+        parts = json.loads(crowd.stdout.readline())
+    third = len(parts) // 3
+    for some in (parts[:third], parts[third:-third], parts[-third:]):
+        assert sum(one["calls"] for one in some) > RATE * SECONDS / 3 * 0.8
+    # Each third's calmest part: what others do on this machine makes some parts slow, what the daemon gathers all.
+    first, last = (min(one["p99"] for one in some) for some in (parts[:third], parts[-third:]))
+    assert last < max(first * SPREAD, FLOOR_MS), parts
     assert late < early + GROWTH_KIB, f"{early} KiB, then {late} KiB"
     assert served.show("kvmneg.service", "NRestarts") == {"NRestarts": "0"}
