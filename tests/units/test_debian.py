@@ -144,6 +144,7 @@ class TestInstalled:
         installed.run("kvmneg", "guests")
         before = installed.main_pid()
         settings = installed.root / "etc/kvmneg/kvmneg.toml"
+        settings.parent.mkdir(exist_ok=True)  # nothing but an administrator makes it
         settings.write_text("[limits]\nREASON_CHARACTERS = 20\n")
         installed.run("systemctl", "reload", "kvmneg.service")
         long = ("kvmneg", "fence", "pin", "--from", "host", "--reason", "more than twenty characters")
@@ -154,8 +155,10 @@ class TestInstalled:
 
     def test_the_journal_explains(self, installed: Debian) -> None:
         installed.run("kvmneg", "guests")
-        told = installed.run("journalctl", "-x", "--no-pager", "--unit", "kvmneg.service").stdout
-        assert "Subject: kvmnegd has started" in told
+        words = ("journalctl", "-x", "--no-pager", "--unit", "kvmneg.service")
+        installed.wait(
+            "that it started", lambda: "Subject: kvmnegd has started" in installed.run(*words).stdout
+        )
 
     def test_every_page_is_found(self, installed: Debian) -> None:
         pages = [path.name.split(".scd")[0] for path in (trees.TOP / "man").glob("*.scd*")]
@@ -268,6 +271,7 @@ def test_removed_and_purged(system: Debian) -> None:
     pin(system)
     before = fence(system)
     settings = system.root / "etc/kvmneg/kvmneg.toml"
+    settings.parent.mkdir(exist_ok=True)
     settings.write_text("[limits]\nREASON_CHARACTERS = 20\n")
 
     system.run("apt-get", "remove", "--yes", "kvmneg", seconds=300)
