@@ -32,18 +32,14 @@ static size_t containers(const char *text, size_t size) {
         return count;
 }
 
-/* One JSON object and nothing but it. -EBADMSG: it is something else, or nested too deep. */
-static int parse_object(const char *text, size_t size, struct json_object **ret_object) {
-        struct json_tokener *parser;
+static int parse(const char *text, size_t size, int flags, struct json_object **ret_object) {
+        struct json_tokener *parser = json_tokener_new_ex(KVMNEG_CLIENT_DEPTH_MAX);
         struct json_object *object;
         bool whole;
 
-        if (size > KVMNEG_CLIENT_REPLY_MAX || containers(text, size) > KVMNEG_CLIENT_CONTAINERS_MAX)
-                return -EFBIG;
-        parser = json_tokener_new_ex(KVMNEG_CLIENT_DEPTH_MAX);
         if (!parser)
                 return -ENOMEM;
-        json_tokener_set_flags(parser, JSON_TOKENER_STRICT | JSON_TOKENER_VALIDATE_UTF8);
+        json_tokener_set_flags(parser, flags);
         object = json_tokener_parse_ex(parser, text, (int) size);
         whole = json_tokener_get_error(parser) == json_tokener_success && json_tokener_get_parse_end(parser) == size;
         json_tokener_free(parser);
@@ -53,6 +49,41 @@ static int parse_object(const char *text, size_t size, struct json_object **ret_
         }
         *ret_object = object;
         return 0;
+}
+
+/*
+ * Whether it is JSON to the letter, for text with bytes above ASCII: json-c 0.18 takes them for control characters where
+ * it is strict. They can stand in strings alone, so any letter in their place is the same JSON.
+ */
+static int check_strictly(const char *text, size_t size) {
+        char *copy = malloc(size);
+        struct json_object *object;
+        int r;
+
+        if (!copy)
+                return -ENOMEM;
+        for (size_t at = 0; at < size; at++)
+                copy[at] = (unsigned char) text[at] < 0x80 ? text[at] : 'x';
+        r = parse(copy, size, JSON_TOKENER_STRICT, &object);
+        free(copy);
+        if (r == 0)
+                json_object_put(object);
+        return r;
+}
+
+/* One JSON object and nothing but it. -EBADMSG: it is something else, or nested too deep. */
+static int parse_object(const char *text, size_t size, struct json_object **ret_object) {
+        size_t ascii = 0;
+        int r;
+
+        if (size > KVMNEG_CLIENT_REPLY_MAX || containers(text, size) > KVMNEG_CLIENT_CONTAINERS_MAX)
+                return -EFBIG;
+        while (ascii < size && (unsigned char) text[ascii] < 0x80)
+                ascii++;
+        if (ascii == size)
+                return parse(text, size, JSON_TOKENER_STRICT, ret_object);
+        r = check_strictly(text, size);
+        return r < 0 ? r : parse(text, size, JSON_TOKENER_VALIDATE_UTF8, ret_object);
 }
 
 /* -- calls ---------------------------------------------------------------------------------------------- */

@@ -45,6 +45,8 @@
 /* Features of KVM_ARM_VCPU_INIT newer than Linux 6.1. */
 #ifndef KVM_ARM_VCPU_HAS_EL2
 #define KVM_ARM_VCPU_HAS_EL2 7
+#endif
+#ifndef KVM_ARM_VCPU_HAS_EL2_E2H0
 #define KVM_ARM_VCPU_HAS_EL2_E2H0 8
 #endif
 #define KVMNEG_ARM_VCPU_PMU_V3_STRICT 9 /* KVM_ARM_VCPU_PMU_V3_STRICT, capability 251 */

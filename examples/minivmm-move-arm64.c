@@ -72,14 +72,14 @@ static int answer(const char *port) {
         const struct sockaddr_in here = { .sin_family = AF_INET,
                                           .sin_port = htons((uint16_t) atoi(port)),
                                           .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
-        int one = 1, fd, listener = check("socket", socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+        int one = 1, r = -1, listener = check("socket", socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
 
-        check("SO_REUSEADDR", setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one)));
-        check("bind", bind(listener, (const struct sockaddr *) &here, sizeof(here)));
-        check("listen", listen(listener, 1));
-        fd = check("accept", accept4(listener, NULL, NULL, SOCK_CLOEXEC));
+        if (setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one)) == 0 &&
+            bind(listener, (const struct sockaddr *) &here, sizeof(here)) == 0 && listen(listener, 1) == 0)
+                r = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+        r = r < 0 ? -errno : r;
         kvmneg_close(listener);
-        return fd;
+        return r < 0 ? die("waiting on the port", r) : r;
 }
 
 /* As in minivmm.c, but that a failure is returned: the guest is elsewhere, and may go on there. */
