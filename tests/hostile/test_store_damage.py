@@ -8,6 +8,7 @@ import re
 import shutil
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,10 +120,9 @@ def test_a_database_that_vanished_from_beside_its_log_is_missed(state: Path) -> 
 
 
 def edit(state: Path, assignment: str) -> None:
-    with sqlite3.connect(state / "kvmneg.sqlite") as by_hand:
+    with closing(sqlite3.connect(state / "kvmneg.sqlite", isolation_level=None)) as by_hand:
         by_hand.execute("DROP TRIGGER fence_history_update")
         by_hand.execute(f"UPDATE fence_history SET {assignment} WHERE generation = 2")
-    by_hand.close()
 
 
 def parse(text: str) -> str:

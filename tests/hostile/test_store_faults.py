@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -267,9 +267,8 @@ def test_an_admin_with_the_database_open_is_no_damage(state: Path) -> None:
 
 def test_another_programs_database_is_left_as_it_is(state: Path) -> None:
     state.mkdir(mode=0o700)
-    with sqlite3.connect(state / "kvmneg.sqlite") as other:
+    with closing(sqlite3.connect(state / "kvmneg.sqlite", isolation_level=None)) as other:
         other.execute("CREATE TABLE music (title)")
-    other.close()
     before = content(state)
     with pytest.raises(StoreError, match="not a kvmneg database"):
         SqliteStore(str(state))

@@ -16,7 +16,7 @@ import pytest
 
 from kvmneg.features import catalog
 from kvmneg.features.report import Report
-from kvmneg.policy import negotiation, rollback
+from kvmneg.policy import negotiation, rates, rollback
 from kvmneg.policy.fence_text import Fence
 from kvmneg.policy.request import Request
 from tests.hosts import catalogue, project, recording, start
@@ -136,6 +136,10 @@ def refused(agreed: Contract, found: dict[str, Any]) -> set[str]:
 def test_a_move(move: Move) -> None:
     """Yes: it applies, is read back, and guests that look see it. No: by the words that KVM refuses, and no others."""
     there, records = given(move.there)
+    if recording.unlike(move.there, there).keys() - {rates.WORD}:  # which each boot measures anew
+        pytest.skip(
+            "a CPU that was not measured: this QEMU makes another one than the recorded contracts are of"
+        )
     agreed, found = contract(move.made, move.other), records[move.name]
     told = {blocker.word for blocker in negotiation.check(agreed, there)}
     by_kvm = refused(agreed, found)

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import zlib
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,9 +124,8 @@ def test_the_lock_is_not_inherited_by_programs_the_daemon_runs(store: SqliteStor
 def test_a_newer_schema_is_refused_and_left_alone(state: str) -> None:
     SqliteStore(state).close()
     newer = len(schema.MIGRATIONS) + 1
-    with sqlite3.connect(f"{state}/kvmneg.sqlite") as connection:
+    with closing(sqlite3.connect(f"{state}/kvmneg.sqlite", isolation_level=None)) as connection:
         connection.execute(f"PRAGMA user_version = {newer}")
-    connection.close()
     with pytest.raises(StoreError, match=f"schema version {newer}"):
         SqliteStore(state)
     assert sorted(path.name for path in Path(state).iterdir()) == ["kvmneg.sqlite", "lock"]
