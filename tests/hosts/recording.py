@@ -10,6 +10,7 @@ is no KVM, is made by `record amd-6.1 --cpu EPYC-Milan --name recorded-milan --t
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ def unlike(host: Host, found: Report) -> dict[str, tuple[int, int | None]]:
     return {
         word: (value, now.get(word)) for word, value in recorded.offer_words.items() if now.get(word) != value
     }
+
+
+def by_this_emulator(host: Host) -> bool:
+    """Whether the recorded report was made in an emulator of the installed one's version, whose CPUs are the same."""
+    recorded = Report.loads(path(host).read_bytes()).measured["by"]
+    versions = [re.search(r"version (\d+\.\d+)", text) for text in (recorded, _emulator(host))]
+    return len({found and found[1] for found in versions}) == 1
 
 
 def _name(host: Host) -> str:

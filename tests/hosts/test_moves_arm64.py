@@ -145,6 +145,10 @@ def moved(made: Host, there: Host) -> tuple[Report, dict[str, Any]]:
 
 def test_a_move(move: Move) -> None:
     """Yes: it applies, the guest goes on, and no register is lost but by rule. No: by what KVM refuses, and no more."""
+    if not all(recording.by_this_emulator(host) for host in (move.made, move.there)):
+        pytest.skip(
+            "a CPU that was not measured: this QEMU makes another one than the recorded contracts are of"
+        )
     there, records = moved(move.made, move.there)
     agreed, found = contract(move.made, move.other), records[move.name]
     told = {blocker.word for blocker in negotiation.check(agreed, there)}
