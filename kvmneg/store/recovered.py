@@ -38,9 +38,13 @@ class _ReadOnly(Database):
 
     def __init__(self, copy: copies.Copy, fault: StoreError, directory: str) -> None:
         connection = sqlite3.connect(":memory:", isolation_level=None)
-        schema.migrate(connection)
-        pinned = Audit(copy.uid, copy.pid, copy.pinned_at, copy.reason, "")
-        copying.fill(connection, copy, copy.generation, pinned)
+        try:
+            schema.migrate(connection)
+            pinned = Audit(copy.uid, copy.pid, copy.pinned_at, copy.reason, "")
+            copying.fill(connection, copy, copy.generation, pinned)
+        except BaseException:
+            connection.close()
+            raise
         super().__init__(connection, directory)
         self._why = fault
         self.fault = fault
