@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import shtab
 
-# No bytecode beside the sources; kvmneg is not installed while it is being built.
-sys.dont_write_bytecode = True
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # no bytecode beside the sources; kvmneg is not installed while it is being built
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kvmneg.cli import COMMANDS, arguments, command_module  # noqa: E402
-from kvmneg.policy import definitions  # noqa: E402
-from kvmneg.policy.pinning import SOURCES  # noqa: E402
-from kvmneg.service import options  # noqa: E402
+from kvmneg.cli import COMMANDS, arguments, command_module
+from kvmneg.policy import definitions
+from kvmneg.policy.pinning import SOURCES
+from kvmneg.service import options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
