@@ -87,7 +87,7 @@ class Acceptor:
             return
         uid = connection.peer.uid
         count = self._per_uid.get(uid, 0)
-        if self._is_full(connection):
+        if self.is_full(self._server.connections, limits.CONNECTIONS, connection.peer):
             self._refuse(connection, LimitExceeded("CONNECTIONS", limits.CONNECTIONS))
         elif count >= limits.CONNECTIONS_PER_UID:
             self._refuse(connection, LimitExceeded("CONNECTIONS_PER_UID", limits.CONNECTIONS_PER_UID))
@@ -98,12 +98,10 @@ class Acceptor:
                 self._silence = self._server.after(limits.FIRST_CALL_SECONDS, self._close_silent)
             self._server.add_connection(connection)
 
-    def _is_full(self, connection: Connection) -> bool:
-        limits, count = self._limits, self._server.connections
-        if count < limits.CONNECTIONS:
-            return False
-        return count >= limits.CONNECTIONS + limits.CONNECTIONS_RESERVED or not self.preferred(
-            connection.peer
+    def is_full(self, count: int, most: int, peer: Peer) -> bool:
+        """Whether one more of this peer's has no room: above `most`, CONNECTIONS_RESERVED are for preferred ones."""
+        return count >= most and (
+            count >= most + self._limits.CONNECTIONS_RESERVED or not self.preferred(peer)
         )
 
     def _refuse(self, connection: Connection, error: LimitExceeded) -> None:

@@ -36,7 +36,8 @@ class Subscriptions:
 
         Raises LimitExceeded.
         """
-        if self._is_full(connection):
+        acceptor = connection.server.acceptor  # as of connections, some are reserved
+        if acceptor.is_full(len(self._watchers), self._limits.WATCHERS, connection.peer):
             raise LimitExceeded("WATCHERS", self._limits.WATCHERS)
         uid = connection.peer.uid
         if sum(watching.peer.uid == uid for watching in self._watchers) >= self._limits.WATCHERS_PER_UID:
@@ -52,14 +53,6 @@ class Subscriptions:
         if self._timer is not None:
             server.cancel(self._timer)
             self._timer = server.every(self._limits.WATCHER_STALL_SECONDS / 4, self._drop_stalled)
-
-    def _is_full(self, connection: Connection) -> bool:
-        """As of connections, some are reserved."""
-        limits, count = self._limits, len(self._watchers)
-        if count < limits.WATCHERS:
-            return False
-        preferred = connection.server.acceptor.preferred(connection.peer)
-        return count >= limits.WATCHERS + limits.CONNECTIONS_RESERVED or not preferred
 
     def publish(self, parameters: dict[str, Any]) -> None:
         """Tell all watchers the new state."""
